@@ -1,0 +1,140 @@
+"""Compute softmax attention in parts and merge the parts by their log-sum-exp.
+
+A decoding step reads a chunk's keys, the question's suffix and the candidate's own key from three places; merging
+parts needs no mask, no copy and no expanded keys. Grouped queries are folded into rows, so a key is read once for all
+the query heads that share it. This is the one interface behind which other kernels (Triton, varlen) can stand; it
+knows nothing of chunks, layers or models.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HIDDEN = -1e9
+"""Score of a hidden key: finite, so that a row without visible keys merges away instead of giving NaN."""
+
+
+class Part(NamedTuple):
+    """Attention over some of the keys.
+
+    Args:
+        out: (batch, heads, rows, head_dim) softmax average over this part's keys.
+        lse: (batch, heads, rows) float log-sum-exp of this part's scores.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+def fold_heads(query: Tensor, kv_heads: int) -> Tensor:
+    """Fold (batch, heads, rows, head_dim) into (batch, kv_heads, heads / kv_heads * rows, head_dim)."""
+    batch, heads, rows, dim = query.shape
+    return query.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, softcap: float | None = None, bias: Tensor | None = None
+) -> Part:
+    """Attend from every query row to every key.
+
+    Args:
+        query: (batch, heads, rows, head_dim).
+        key: (batch, kv_heads, keys, head_dim).
+        value: like ``key``.
+        scale: multiplies the scores.
+        softcap: if given, scores become ``softcap * tanh(score / softcap)`` (gemma2).
+        bias: (batch or 1, 1, rows or 1, keys), added to the scores; :data:`HIDDEN` hides a key.
+
+    Returns:
+        ``out`` in the dtype of ``query``, ``lse`` in float32 (float64 for float64 input).
+    """
+    batch, heads, rows, dim = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    folded = fold_heads(query, kv_heads)
+    if bias is not None and bias.shape[2] != 1:
+        bias = bias.repeat(1, 1, heads // kv_heads, 1)
+    if _flash_applies(query, key, value, softcap):
+        mask = None if bias is None else bias.to(query.dtype).expand(batch, 1, folded.shape[2], keys)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            folded, key, value, 0.0, False, attn_mask=mask, scale=scale
+        )
+    else:
+        out, lse = _reference(folded, key, value, scale, softcap, bias)
+    return Part(out.reshape(batch, heads, rows, dim), lse.reshape(batch, heads, rows))
+
+
+def attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, *, softcap: float | None = None) -> Part:
+    """Attend from row i to keys 0..i; ``query`` and ``key`` hold the same rows. Shapes as in :func:`attend`."""
+    rows = query.shape[2]
+    if _flash_applies(query, key, value, softcap):
+        groups = query.shape[1] // key.shape[1]
+        return Part(
+            *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query,
+                key.repeat_interleave(groups, dim=1),
+                value.repeat_interleave(groups, dim=1),
+                0.0,
+                True,
+                attn_mask=None,
+                scale=scale,
+            )
+        )
+    return attend(query, key, value, scale, softcap=softcap, bias=causal_bias(rows, rows, query.device))
+
+
+def attend_self(query: Tensor, key: Tensor, value: Tensor, scale: float, *, softcap: float | None = None) -> Part:
+    """Attend from row i to key i alone. Shapes as in :func:`attend_causal`."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (_widen(query) * _widen(key)).sum(-1) * scale
+    return Part(value, _cap(scores, softcap))
+
+
+def merge(parts: list[Part]) -> Part:
+    """Merge attention over disjoint keys: ``sum_i exp(lse_i - lse) out_i`` with ``lse = logsumexp_i lse_i``."""
+    if len(parts) == 1:
+        return parts[0]
+    stacked = torch.stack([part.lse for part in parts])
+    lse = torch.logsumexp(stacked, dim=0)
+    weights = torch.exp(stacked - lse)
+    out = sum(weight.unsqueeze(-1) * _widen(part.out) for weight, part in zip(weights, parts, strict=True))
+    return Part(out.to(parts[0].out.dtype), lse)
+
+
+def causal_bias(rows: int, keys: int, device: torch.device) -> Tensor:
+    """Return a (1, 1, rows, keys) float32 bias in which the last row sees every key, the row before it one less."""
+    hidden = torch.ones(rows, keys, dtype=torch.bool, device=device).triu(keys - rows + 1)
+    return torch.zeros(1, 1, rows, keys, device=device).masked_fill_(hidden, HIDDEN)
+
+
+def scores_of(query: Tensor, key: Tensor, scale: float, softcap: float | None = None) -> Tensor:
+    """Return (batch, heads, rows, keys) scores in float32 or wider; for reading attention, not for computing it."""
+    batch, heads, rows, _ = query.shape
+    folded = _widen(fold_heads(query, key.shape[1]))
+    return _cap(folded @ _widen(key).transpose(-1, -2) * scale, softcap).reshape(batch, heads, rows, -1)
+
+
+def _flash_applies(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:
+    wants_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    return query.device.type == "cpu" and softcap is None and not wants_grad
+
+
+def _reference(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scores = _cap(_widen(query @ key.transpose(-1, -2)) * scale, softcap)
+    if bias is not None:
+        scores = scores + bias
+    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+    return torch.exp(scores - lse).to(value.dtype) @ value, lse.squeeze(-1)
+
+
+def _cap(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
