@@ -1,0 +1,463 @@
+"""Answer questions over a memory: the facade that everything else is built on.
+
+:class:`FocusEngine` joins base, adapter, tokenizer and memory; at inference it is the only module that sees a prompt.
+It is safe to use from several threads: requests share the model step by step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from focus_core.attribution import Evidence, chunk_evidence, document_evidence
+from focus_core.candidate import CandidateAdapter
+from focus_core.config import DecodeConfig, FocusConfig, LocalMode, Positions
+from focus_core.corpus import Document, load_documents
+from focus_core.errors import ConfigError, ContextTooLongError, UnsupportedModelError
+from focus_core.families import BaseDecoder
+from focus_core.generation import Generation, Token
+from focus_core.hub import AdapterInfo, LoadedBase, Notice, find_adapter, load_adapter, load_base
+from focus_core.memory import ChunkEncoder, Memory, MemoryState, Progress
+from focus_core.parallel import Check, sink_before
+from focus_core.reading import Reading
+from focus_core.store import Store
+from focus_core.tokenization import TextTokenizer
+
+UNTRAINED = "untrained"
+Template = Literal["question", "chat", "raw"]
+Documents = Document | str | Path | Iterable[Document | str | Path]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request.
+
+    Args:
+        local: of the question as the model saw it.
+        memory: of all chunks read.
+        generated: of the answer, its end token included.
+        chunks: k.
+    """
+
+    local: int
+    memory: int
+    generated: int
+    chunks: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and where it came from.
+
+    Args:
+        text: the answer.
+        finish_reason: ``stop``, ``length`` or ``cancelled``.
+        evidence: documents, best first; scores add up to 1.
+        passages: chunks, best first; scores add up to 1.
+        usage: token counts.
+        tokens: generated tokens with their log-probabilities.
+        attention: (tokens, k) attention on each chunk's candidate, in memory order.
+    """
+
+    text: str
+    finish_reason: str
+    evidence: list[Evidence]
+    passages: list[Evidence]
+    usage: Usage
+    tokens: list[Token]
+    attention: Tensor = field(repr=False)
+
+
+class AnswerStream:
+    """Pieces of an answer as they are made; :attr:`answer` is there when the stream has ended.
+
+    Closing it (also by leaving a ``with``) or :meth:`cancel` stops the work within one layer.
+    """
+
+    def __init__(self, generation: Generation, local: list[int], state: MemoryState) -> None:
+        self._generation, self._state = generation, state
+        self._source = generation.tokens(local)
+        self._tokens: list[Token] = []
+        self._answer: Answer | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        for token in self.tokens():
+            if token.text:
+                yield token.text
+
+    def tokens(self) -> Iterator[Token]:
+        """Yield tokens instead of text."""
+        for token in self._source:
+            self._tokens.append(token)
+            yield token
+
+    def cancel(self) -> None:
+        """Stop as soon as possible; may be called from another thread."""
+        self._generation.cancelled.set()
+
+    def close(self) -> None:
+        """Stop, keeping what was made so far as the answer."""
+        self.cancel()
+        self._source.close()  # type: ignore[attr-defined]
+        if self._generation.finish_reason is None:
+            self._generation.finish_reason = "cancelled"
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer; what is left of the stream is read first."""
+        for _ in self.tokens():
+            pass
+        if self._answer is None:
+            self._answer = self._finish()
+        return self._answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _finish(self) -> Answer:
+        generation, state = self._generation, self._state
+        passages = chunk_evidence(generation.record.scores(), state.chunks, state.documents)
+        usage = Usage(
+            local=generation.prompt_tokens,
+            memory=sum(len(chunk.ids) for chunk in state.chunks),
+            generated=len(generation.generated),
+            chunks=len(state.chunks),
+        )
+        return Answer(
+            text="".join(token.text for token in self._tokens).strip(),
+            finish_reason=generation.finish_reason or "cancelled",
+            evidence=document_evidence(passages),
+            passages=passages,
+            usage=usage,
+            tokens=self._tokens,
+            attention=generation.record.steps(),
+        )
+
+
+class FocusEngine:
+    """A base with its adapter, ready to read and answer. Usually made by :meth:`from_pretrained`.
+
+    Args:
+        loaded: the base.
+        info: settings of the adapter.
+        adapter: candidate projections attached to ``loaded``'s model; made untrained if not given.
+
+    Raises:
+        UnsupportedModelError: the settings ask for what the base cannot do.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedBase,
+        info: AdapterInfo,
+        adapter: CandidateAdapter | None = None,
+        *,
+        base: BaseDecoder | None = None,
+        tokenizer: TextTokenizer | None = None,
+    ) -> None:
+        self.loaded, self.info = loaded, info
+        self.base = base or BaseDecoder(loaded.model)
+        self.config = _fitted(info.focus, self.base)
+        self.adapter = adapter or CandidateAdapter(self.base)
+        self.tokenizer = tokenizer or TextTokenizer(loaded.tokenizer)
+        self.sink = sink_of(loaded) if self.config.sink else None
+        self.encoder = ChunkEncoder(self.base, self.tokenizer, self.config, self.sink, loaded.fingerprint)
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path | None = None,
+        adapter: str | Path | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        window: int | None = None,
+        chunk_size: int | None = None,
+        prompt_length: int | None = None,
+        positions: Positions | None = None,
+        local_mode: LocalMode | None = None,
+        notice: Notice = lambda text: None,
+    ) -> Self:
+        """Load a base and its adapter.
+
+        Args:
+            base: hub name, folder or GGUF file; ``None`` for the installed default.
+            adapter: folder or hub name; ``None`` for the one shipped for this base; ``"untrained"`` for copies of the
+                base's own projections.
+            dtype: of the weights; chosen for the hardware if not given.
+            device: chosen if not given.
+            window: most tokens of a row, 4096 or the base's if that is smaller.
+            chunk_size: most tokens of a chunk; the adapter's if not given.
+            prompt_length: most tokens of the dynamic prompt.
+            positions: ``shared`` or ``ordered``; a trained adapter knows one only.
+            local_mode: ``incremental`` or ``exact``; a trained adapter knows one only.
+            notice: told about long work.
+
+        Raises:
+            BaseModelError: the base cannot be loaded.
+            AdapterError: there is no adapter, or it is another base's.
+        """
+        loaded = load_base(base, dtype=dtype, device=device, notice=notice)
+        decoder = BaseDecoder(loaded.model)
+        folder = None if adapter == UNTRAINED else find_adapter(adapter, loaded)
+        attached = CandidateAdapter(decoder)
+        try:
+            if folder is not None:
+                info = load_adapter(folder, attached, loaded)
+            else:
+                positions_known: Positions = "shared" if decoder.rotary else "ordered"
+                window_known = min(4096, decoder.window)
+                prompt = min(512, max(1, window_known // 4))
+                focus = FocusConfig(
+                    window=window_known,
+                    chunk_size=min(512, window_known - prompt - 2),
+                    prompt_length=prompt,
+                    positions=positions_known,
+                )
+                info = AdapterInfo(loaded.name, loaded.fingerprint, focus)
+            given: dict[str, Any] = {
+                "window": window,
+                "chunk_size": chunk_size,
+                "prompt_length": prompt_length,
+                "positions": positions,
+                "local_mode": local_mode,
+            }
+            focus = replace(info.focus, **{name: value for name, value in given.items() if value is not None})
+            return cls(loaded, replace(info, focus=focus), attached, base=decoder)
+        except BaseException:
+            attached.detach()
+            raise
+
+    def close(self) -> None:
+        """Detach the adapter: the base is as it was before."""
+        self.adapter.detach()
+
+    def with_config(self, **changes: Any) -> FocusEngine:
+        """Return an engine with other :class:`FocusConfig` settings that shares this one's weights and lock."""
+        info = replace(self.info, focus=replace(self.config, **changes))
+        other = FocusEngine(self.loaded, info, self.adapter, base=self.base, tokenizer=self.tokenizer)
+        other._lock = self._lock
+        return other
+
+    @property
+    def adapter_fingerprint(self) -> str:
+        """Hash of the candidate projections."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.adapter.state_dict().items()):
+            digest.update(key.encode() + value.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    # -- memory -------------------------------------------------------------------------------------------------
+
+    def remember(
+        self,
+        documents: Documents,
+        *,
+        store: Store | str | Path | None = None,
+        packed: bool = False,
+        progress: Progress = lambda done, total: None,
+        check: Check = lambda: None,
+    ) -> Memory:
+        """Read documents into a new memory; their chunk KV is computed once.
+
+        Args:
+            documents: documents, texts, or paths (:class:`pathlib.Path`) of files and folders; one or many.
+            store: folder that keeps chunk KV while it is computed, so that a stopped run resumes.
+            packed: let short documents share chunks.
+            progress: called with tokens done and to do.
+            check: called often; raises to cancel.
+
+        Raises:
+            CorpusError: something cannot be read, or there is nothing to read.
+            OutOfMemoryError: the chunk KV does not fit.
+        """
+        memory = Memory(self.encoder, Store(store) if isinstance(store, (str, Path)) else store)
+        memory.add(as_documents(documents), packed=packed, progress=progress, check=check)
+        return memory
+
+    def load_memory(self, folder: str | Path, progress: Progress = lambda done, total: None) -> Memory:
+        """Load a memory saved with :meth:`Memory.save`; raises ``StoreError`` if it is not of this model."""
+        return Memory.load(folder, self.encoder, progress)
+
+    # -- answers ------------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        question: str,
+        memory: Memory | None = None,
+        *,
+        decode: DecodeConfig | None = None,
+        template: Template = "question",
+        cancelled: threading.Event | None = None,
+        **options: Any,
+    ) -> AnswerStream:
+        """Answer piece by piece.
+
+        Args:
+            question: the local context; it must fit the window.
+            memory: what to read; ``None`` asks the base alone.
+            decode: sampling options.
+            template: ``question`` puts it as the adapter was trained, ``chat`` as a plain user turn, ``raw`` as text
+                to be continued.
+            cancelled: an event that stops the request when set.
+            **options: single fields of :class:`DecodeConfig`, over ``decode``.
+
+        Raises:
+            ConfigError: an option is unknown or out of bounds, or the memory is another engine's.
+            ContextTooLongError: the question does not fit the window.
+        """
+        return self.stream_ids(
+            self.local_ids(question, template), memory, decode=decode, cancelled=cancelled, **options
+        )
+
+    def answer(self, question: str, memory: Memory | None = None, **arguments: Any) -> Answer:
+        """Answer at once; takes what :meth:`stream` takes."""
+        return self.stream(question, memory, **arguments).answer
+
+    def stream_ids(
+        self,
+        local: list[int],
+        memory: Memory | None = None,
+        *,
+        decode: DecodeConfig | None = None,
+        cancelled: threading.Event | None = None,
+        **options: Any,
+    ) -> AnswerStream:
+        """Like :meth:`stream`, for a local context given as token ids."""
+        if not local:
+            raise ConfigError("the question is empty; ask something")
+        decode = _decode(decode, options)
+        if memory is not None and (memory.encoder.base is not self.base or memory.encoder.sink != self.sink):
+            raise ConfigError("this memory belongs to another engine; save it and load it with this one's load_memory")
+        state = memory.state if memory is not None else MemoryState({}, (), ())
+        rows = len(sink_before(local, self.sink)) + len(local) + decode.max_tokens
+        if rows > self.config.window:
+            raise ContextTooLongError(
+                f"the question has {len(local)} tokens and {decode.max_tokens} are to be generated, but the window has "
+                f"{self.config.window}; shorten the question, put long text into memory, or lower max_tokens"
+            )
+        reading = Reading(
+            self.base,
+            self.adapter,
+            self.config,
+            state,
+            self.sink,
+            max_tokens=decode.max_tokens,
+            chunks_per_batch=decode.chunks_per_batch,
+            lock=self._lock,
+        )
+        generation = Generation(
+            reading,
+            self.tokenizer,
+            decode,
+            self.end_tokens,
+            self.info.attribution_heads,
+            cancelled or threading.Event(),
+        )
+        return AnswerStream(generation, local, state)
+
+    def local_ids(self, text: str, template: Template = "question") -> list[int]:
+        """Return the token ids that the local row is made of."""
+        if template == "raw":
+            return self.tokenizer.encode(text)
+        question = self.info.question_template.replace("{question}", text) if template == "question" else text
+        return self.tokenizer.chat(question, self.info.system)
+
+    def split_prompt(self, text: str) -> tuple[str, str]:
+        """Split a prompt of any length into (head, tail): the head is to become memory, the tail stays local.
+
+        A prompt that leaves half of the window free stays whole. The tail begins at a paragraph where it can and is no
+        longer than the dynamic prompt, so every chunk sees all of it.
+        """
+        encoded = self.tokenizer.encode_with_offsets(text)
+        count = len(encoded.ids)
+        if count <= self.config.window // 2:
+            return "", text
+        first = count - min(self.config.prompt_length, count) * 3 // 4
+        cut = int(encoded.starts[first])
+        better = text.find("\n\n", cut)
+        if better < 0 or len(text) - better < 16:
+            better = text.find("\n", cut)
+        if 0 <= better < len(text) - 16:
+            cut = better + 1
+        return text[:cut], text[cut:].lstrip("\n")
+
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of plain text."""
+        return len(self.tokenizer.encode(text))
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        known = getattr(self.loaded.model.generation_config, "eos_token_id", None)
+        several = known if isinstance(known, list) else [known]
+        own = self.loaded.tokenizer.eos_token_id
+        return frozenset(int(token) for token in [*several, own] if token is not None)
+
+
+def as_documents(documents: Documents) -> list[Document]:
+    """Turn texts, paths and documents, one or many, into a list of documents."""
+    several = [documents] if isinstance(documents, (Document, str, Path)) else list(documents)
+    found: list[Document] = []
+    for item in several:
+        if isinstance(item, Document):
+            found.append(item)
+        elif isinstance(item, Path):
+            found.extend(load_documents([item]))
+        elif isinstance(item, str):
+            found.append(Document(f"text-{len(found)}", item))
+        else:
+            raise ConfigError(f"a document must be a Document, a text or a Path; got {type(item).__name__}")
+    return found
+
+
+def _decode(decode: DecodeConfig | None, options: Mapping[str, Any]) -> DecodeConfig:
+    values = {**(decode or DecodeConfig()).to_dict(), **options}
+    if isinstance(values["stop"], str):
+        values["stop"] = (values["stop"],)
+    values["stop"] = tuple(values["stop"] or ())
+    return DecodeConfig.from_dict(values)
+
+
+def _fitted(config: FocusConfig, base: BaseDecoder) -> FocusConfig:
+    """Shrink the window to the base's and refuse what the family cannot do."""
+    if not base.rotary and config.positions == "shared":
+        raise UnsupportedModelError(
+            f"{base.model_type} adds learned positions to its embeddings, so candidate keys cannot be moved to one "
+            "shared position; use positions='ordered'"
+        )
+    if base.window >= config.window:
+        return config
+    prompt = min(config.prompt_length, max(1, base.window // 4))
+    room = base.window - prompt - int(config.sink) - 1
+    return replace(config, window=base.window, prompt_length=prompt, chunk_size=min(config.chunk_size, room))
+
+
+def sink_of(loaded: LoadedBase) -> int:
+    """Return the token that starts every row: BOS, or the end token for bases without one."""
+    config = loaded.model.config
+    for token in (
+        loaded.tokenizer.bos_token_id,
+        config.bos_token_id,
+        loaded.tokenizer.eos_token_id,
+        config.eos_token_id,
+    ):
+        if token is not None:
+            return int(token[0] if isinstance(token, list) else token)
+    raise UnsupportedModelError(
+        "this base has neither a BOS nor an EOS token to use as sink; use a config with sink=False"
+    )

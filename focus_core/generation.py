@@ -1,0 +1,197 @@
+"""Generate an answer token by token: candidates, local pass, sample, yield.
+
+Sampling uses transformers' own logits processors; stop strings are held back until they can no longer match; a request
+owns its random generator, so equal seeds give equal answers whatever runs beside it. It holds no model state: that is
+:class:`~focus_core.reading.Reading`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from focus_core.attribution import AttentionRecord
+from focus_core.config import DecodeConfig
+from focus_core.errors import CancelledError
+from focus_core.reading import Reading
+from focus_core.tokenization import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token.
+
+    Args:
+        id: token id.
+        text: text that became certain with it; empty while a character or a stop string is incomplete.
+        logprob: natural log of its probability before any sampling option.
+        top: the likeliest alternatives as (id, logprob), if they were asked for.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Generation:
+    """A running request; iterate over :meth:`tokens`.
+
+    Args:
+        reading: the model's side of it.
+        tokenizer: turns ids into text.
+        decode: sampling options.
+        end_tokens: ids that end the answer.
+        heads: (layer, head) pairs for attribution.
+        cancelled: set it to stop within one layer.
+    """
+
+    reading: Reading
+    tokenizer: TextTokenizer
+    decode: DecodeConfig
+    end_tokens: frozenset[int]
+    heads: Sequence[tuple[int, int]] = ()
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    generated: list[int] = field(default_factory=list)
+    record: AttentionRecord = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.record = AttentionRecord(self.reading.chunks, self.heads)
+        self.reading.check = self._check
+
+    def tokens(self, local: Sequence[int]) -> Iterator[Token]:
+        """Yield tokens until an end token, a stop string, the limit, or cancellation."""
+        self.prompt_tokens = len(local)
+        text = _TextStream(self.tokenizer, self.decode.stop)
+        sampler = _Sampler(self.decode, self.reading.base.device)
+        try:
+            logits = self.reading.begin(local)
+            while True:
+                token, logprob, top = sampler.draw(self.reading.ids, logits)
+                if self.reading.mass:
+                    self.record.add(self.reading.mass)
+                self.generated.append(token)
+                ended = token in self.end_tokens
+                piece = "" if ended else text.push(token)
+                if ended or text.stopped:
+                    self.finish_reason = "stop"
+                elif len(self.generated) >= self.decode.max_tokens:
+                    self.finish_reason = "length"
+                if self.finish_reason:
+                    yield Token(token, piece + text.flush(), logprob, top)
+                    return
+                yield Token(token, piece, logprob, top)
+                logits = self.reading.step(token)
+        except CancelledError:
+            self.finish_reason = "cancelled"
+
+    def _check(self) -> None:
+        if self.cancelled.is_set():
+            raise CancelledError("the request was cancelled")
+
+
+class _Sampler:
+    """Draws tokens with transformers' processors and a generator of its own."""
+
+    def __init__(self, decode: DecodeConfig, device: torch.device) -> None:
+        self.decode = decode
+        self.penalty = LogitsProcessorList()
+        self.warpers = LogitsProcessorList()
+        if decode.repetition_penalty != 1.0:
+            self.penalty.append(RepetitionPenaltyLogitsProcessor(decode.repetition_penalty))
+        if decode.temperature not in (0.0, 1.0):
+            self.warpers.append(TemperatureLogitsWarper(decode.temperature))
+        if decode.top_k:
+            self.warpers.append(TopKLogitsWarper(decode.top_k))
+        if decode.top_p < 1.0:
+            self.warpers.append(TopPLogitsWarper(decode.top_p))
+        if decode.min_p:
+            self.warpers.append(MinPLogitsWarper(decode.min_p))
+        self.generator = torch.Generator(device)
+        if decode.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(decode.seed)
+
+    def draw(self, ids: Sequence[int], logits: Tensor) -> tuple[int, float, tuple[tuple[int, float], ...]]:
+        """Return the next token, its log-probability, and the alternatives."""
+        logprobs = torch.log_softmax(logits, dim=-1)
+        history: Any = torch.tensor([list(ids)], device=logits.device)
+        scores: Any = self.penalty(history, logits.unsqueeze(0))
+        if self.decode.temperature == 0.0:
+            token = int(scores.argmax())
+        else:
+            probabilities = torch.softmax(self.warpers(history, scores), dim=-1)
+            token = int(torch.multinomial(probabilities, 1, generator=self.generator))
+        top: tuple[tuple[int, float], ...] = ()
+        if self.decode.logprobs:
+            best = logprobs.topk(min(self.decode.logprobs, logprobs.numel()))
+            top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return token, float(logprobs[token]), top
+
+
+class _TextStream:
+    """Turns tokens into text pieces that will not change any more."""
+
+    def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str]) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.stopped = False
+        self._ids: list[int] = []
+        self._sure = 0  # tokens whose text has been read into _held
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Add a token and return the text that is now certain."""
+        self._ids.append(token)
+        before = max(0, self._sure - 4)  # some context: a token's text can depend on the one before it
+        known = self.tokenizer.decode(self._ids[before : self._sure])
+        text = self.tokenizer.decode(self._ids[before:])
+        if text.endswith("\ufffd") and len(self._ids) - self._sure < 8:
+            return ""
+        self._sure = len(self._ids)
+        self._held += text[len(known) :]
+        for stop in self.stop:
+            at = self._held.find(stop)
+            if at >= 0:
+                self._held, self.stopped = self._held[:at], True
+        if self.stopped:
+            return self.flush()
+        keep = self._may_begin_stop()
+        ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return ready
+
+    def flush(self) -> str:
+        """Return what was held back."""
+        if not self.stopped and self._sure < len(self._ids):
+            before = max(0, self._sure - 4)
+            known = self.tokenizer.decode(self._ids[before : self._sure])
+            self._held += self.tokenizer.decode(self._ids[before:])[len(known) :]
+            self._sure = len(self._ids)
+        text, self._held = self._held, ""
+        return text
+
+    def _may_begin_stop(self) -> int:
+        """Return how many of the last characters could be the beginning of a stop string."""
+        longest = 0
+        for stop in self.stop:
+            for size in range(min(len(stop) - 1, len(self._held)), 0, -1):
+                if self._held.endswith(stop[:size]):
+                    longest = max(longest, size)
+                    break
+        return longest

@@ -1,0 +1,175 @@
+"""Read one question over a memory: hold its suffixes and local KV between sweeps.
+
+Everything that grows while an answer is decoded lives in a :class:`Reading`; the memory and the model are shared and
+unchanged. If a sweep runs out of memory before anything was committed, it is tried again with fewer chunks at a time.
+It samples nothing and knows no text.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import psutil
+import torch
+from torch import Tensor
+
+from focus_core.candidate import CandidateAdapter
+from focus_core.config import FocusConfig
+from focus_core.errors import ContextTooLongError, OutOfMemoryError
+from focus_core.families import BaseDecoder
+from focus_core.kv import Suffix
+from focus_core.memory import MemoryState, is_out_of_memory
+from focus_core.parallel import Check, ChunkRows, LocalCache, LocalRows, check_room, local_start, sink_before, sweep
+
+_ROWS_AT_ONCE = {"cpu": 8192, "cuda": 131072}
+
+
+class Reading:
+    """The state of one question.
+
+    Args:
+        base: the frozen decoder.
+        adapter: its candidate projections.
+        focus: settings.
+        state: the memory to read; later changes of the memory do not reach this reading.
+        sink: token that starts the local row, or ``None``.
+        max_tokens: most tokens that will be generated.
+        chunks_per_batch: chunks run together; ``None`` chooses from free memory.
+        lock: held during each sweep, since all readings share the model.
+        check: called between layers, may raise to cancel.
+    """
+
+    def __init__(
+        self,
+        base: BaseDecoder,
+        adapter: CandidateAdapter,
+        focus: FocusConfig,
+        state: MemoryState,
+        sink: int | None,
+        *,
+        max_tokens: int,
+        chunks_per_batch: int | None = None,
+        lock: threading.RLock | None = None,
+        check: Check = lambda: None,
+    ) -> None:
+        self.base, self.adapter, self.focus, self.state, self.sink = base, adapter, focus, state, sink
+        self.max_tokens, self.chunks_per_batch = max_tokens, chunks_per_batch
+        self.lock = lock or threading.RLock()
+        self.check = check
+        self.ids: list[int] = []
+        self.mass: list[Tensor] = []
+        self.prompt_tokens = 0
+        self._groups: list[ChunkRows] = []
+        self._cache: LocalCache | None = None
+
+    @property
+    def chunks(self) -> int:
+        """k, the number of candidates."""
+        return len(self.state.chunks)
+
+    def begin(self, ids: Sequence[int]) -> Tensor:
+        """Inject the dynamic prompt behind every chunk and read the local context (method steps 2-4).
+
+        Args:
+            ids: the local context, at least one token.
+
+        Returns:
+            (vocabulary,) float32 logits of the next token.
+
+        Raises:
+            ContextTooLongError: the local context or a chunk row would not fit the window.
+            OutOfMemoryError: not even one chunk at a time fits.
+        """
+        head = sink_before(ids, self.sink)
+        self._check_window(len(head) + len(ids))
+        self.prompt_tokens = self._prompt_length(len(ids))
+        size = self.chunks_per_batch or self._fitting_batch()
+        while True:
+            try:
+                self.ids = list(ids)
+                self._groups = self._make_groups(size)
+                ordinary = torch.tensor(ids[len(ids) - 1 - self.prompt_tokens : -1], dtype=torch.long)
+                return self._sweep(ordinary, [*head, *ids], [[group] for group in self._groups])
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1 or not self.chunks:
+                    raise OutOfMemoryError(
+                        f"reading {self.chunks} chunks does not fit in memory, even one at a time ({error}); use a "
+                        "shorter question, a smaller chunk size or fewer documents"
+                    ) from error
+                size = max(1, min(size, self.chunks) // 2)
+
+    def step(self, token: int) -> Tensor:
+        """Append a generated token, renew every candidate, and return the next (vocabulary,) logits (step 5)."""
+        previous = torch.tensor([self.ids[-1]])
+        self.ids.append(token)
+        each = self.chunks_per_batch is not None
+        calls = [[group] for group in self._groups] if each else [self._groups] if self._groups else []
+        local = [token] if self.focus.local_mode == "incremental" else [*sink_before(self.ids, self.sink), *self.ids]
+        return self._sweep(previous, local, calls)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _sweep(self, ordinary: Tensor, local_ids: list[int], calls: list[list[ChunkRows]]) -> Tensor:
+        candidate = torch.tensor([self.ids[-1]])
+        for group in self._groups:
+            group.ordinary, group.candidates = ordinary, candidate
+            group.visible = torch.tensor([group.suffix.used + len(ordinary)])
+        if self.focus.local_mode == "incremental" and self._cache is None:
+            self._cache = LocalCache(self.base, len(local_ids) + self.max_tokens)
+        used = self._cache.used if self._cache is not None else 0
+        position = local_start(self.chunks, self.focus.positions) + used
+        groups = [group for call in calls for group in call]
+        local = LocalRows(
+            torch.tensor(local_ids), position, self._cache, groups, shared_rows=len(local_ids), record=bool(groups)
+        )
+        with self.lock, torch.no_grad():
+            hidden = sweep(self.base, self.adapter, calls, [local], self.focus.positions, self.check)[0]
+            self.mass = local.mass
+            return self.base.logits(hidden[:, -1:])[0, 0].float()
+
+    def _make_groups(self, size: int) -> list[ChunkRows]:
+        place = {id(chunk): index for index, chunk in enumerate(self.state.chunks)}
+        capacity, none = self.prompt_tokens + self.max_tokens, torch.empty(0, dtype=torch.long)
+        groups = []
+        for slab in self.state.slabs:
+            for start in range(0, slab.batch.size, size):
+                stop = min(start + size, slab.batch.size)
+                batch = slab.batch.rows(start, stop)
+                indices = [place[id(chunk)] for chunk in slab.chunks[start:stop]]
+                groups.append(ChunkRows(batch, Suffix(batch, capacity), indices, self.chunks, none, none, none))
+        return groups
+
+    def _check_window(self, rows: int) -> None:
+        needed = rows + self.max_tokens
+        if needed > self.focus.window:
+            raise ContextTooLongError(
+                f"the local context has {rows} tokens and {self.max_tokens} are to be generated, {needed} in all, but "
+                f"the window has {self.focus.window}; shorten the question, put long text into memory, or generate less"
+            )
+        check_room(self.base, self.chunks, self.focus.positions, needed)
+
+    def _prompt_length(self, local_tokens: int) -> int:
+        """Tokens of the dynamic prompt: all but the last, within its limit and the room behind the longest chunk."""
+        longest = max((max(slab.batch.lengths) for slab in self.state.slabs), default=0)
+        room = self.focus.window - longest - 1 - self.max_tokens
+        if self.chunks and room < 1:
+            raise ContextTooLongError(
+                f"a chunk row of {longest} tokens and {self.max_tokens} to generate leave no room for the question in "
+                f"a window of {self.focus.window}; generate less or use a smaller chunk size"
+            )
+        return max(0, min(local_tokens - 1, self.focus.prompt_length, room))
+
+    def _fitting_batch(self) -> int:
+        """Chunks whose prompt injection fits in half of the free memory, and in a batch that is worth while."""
+        device = self.base.device
+        rows = max(1, self.prompt_tokens)
+        config = self.base.config
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", 4 * config.hidden_size)
+        widths = 8 * config.hidden_size + 4 * inner + 6 * self.base.num_heads * self.base.head_dim
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        by_memory = free // 2 // (rows * widths * 4)
+        by_rows = _ROWS_AT_ONCE.get(device.type, 8192) // rows
+        return int(max(1, min(by_memory, by_rows, max(self.chunks, 1))))
