@@ -1,0 +1,1 @@
+"""Train candidate projections: pure objectives, a seeded example stream, and the loop."""

@@ -1,0 +1,125 @@
+"""Compute the dense training loss of one example, exactly as incremental decoding would score it.
+
+All candidates of an example's targets are made together in one masked pass per chunk (arXiv 2408.11745, equation 6,
+with every local token from the split on as a target). Chunk KV and the ordinary rows behind it depend on no trained
+weight, so they run without gradient; the graph holds candidate rows and local rows only. These are pure functions: no
+data, no optimizer, no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from focus_core.candidate import CandidateAdapter
+from focus_core.config import Positions
+from focus_core.errors import ConfigError
+from focus_core.families import BaseDecoder
+from focus_core.kv import ChunkBatch, Suffix
+from focus_core.parallel import ChunkRows, LocalRows, encode_chunks, local_start, sink_before, sweep
+
+
+@dataclass(frozen=True)
+class Query:
+    """A local context and where its targets begin.
+
+    Args:
+        ids: local token ids x_0..x_{n-1}.
+        split: s; tokens s..n-1 are targets, tokens before it are given.
+    """
+
+    ids: tuple[int, ...]
+    split: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.split < len(self.ids):
+            raise ConfigError(f"split must be between 1 and {len(self.ids) - 1}; got {self.split}")
+
+    @property
+    def targets(self) -> int:
+        """Number of supervised tokens, n - s."""
+        return len(self.ids) - self.split
+
+
+@dataclass(frozen=True)
+class Example:
+    """Chunks of memory and the local contexts asked over them.
+
+    Args:
+        chunks: token ids of each chunk, without sink.
+        queries: at least one; they share the chunk pass.
+        kind: name of the objective, for the log.
+    """
+
+    chunks: tuple[tuple[int, ...], ...]
+    queries: tuple[Query, ...]
+    kind: str
+
+
+def encode_example(base: BaseDecoder, example: Example, sink: int | None) -> ChunkBatch:
+    """Run the chunk pass of an example; ``sink`` is the token that starts every row, or ``None``."""
+    head = [] if sink is None else [sink]
+    return encode_chunks(base, [head + list(chunk) for chunk in example.chunks])
+
+
+@dataclass(frozen=True)
+class Task:
+    """A query over encoded chunks: what one loss is computed from."""
+
+    chunks: ChunkBatch
+    query: Query
+
+
+def dense_logits(
+    base: BaseDecoder, adapter: CandidateAdapter, tasks: Sequence[Task], sink: int | None, positions: Positions
+) -> list[Tensor]:
+    """Return the logits of every target of every task; all tasks share one pass through the layers.
+
+    Args:
+        base: the frozen decoder.
+        adapter: its candidate projections; gradients flow into them.
+        tasks: queries with their chunks from :func:`encode_example`.
+        sink: as in :func:`encode_example`; a query that begins with it gets no second one.
+        positions: of the candidates.
+
+    Returns:
+        One (n - s, vocabulary) float32 tensor a task: row t predicts token s + t from the candidates made at token
+        s + t - 1.
+    """
+    none = torch.empty(0, dtype=torch.long)
+    ids = [torch.tensor(task.query.ids) for task in tasks]
+    suffixes = [Suffix(task.chunks, len(tokens)) for task, tokens in zip(tasks, ids, strict=True)]
+    with torch.no_grad():
+        before = [
+            ChunkRows(task.chunks, suffix, range(task.chunks.size), task.chunks.size, tokens[:-2], none, none)
+            for task, suffix, tokens in zip(tasks, suffixes, ids, strict=True)
+        ]
+        sweep(base, adapter, [before], (), positions)
+    groups, locals_ = [], []
+    for task, suffix, tokens in zip(tasks, suffixes, ids, strict=True):
+        split, count = task.query.split, task.chunks.size
+        visible = torch.arange(split - 1, len(tokens) - 1)
+        group = ChunkRows(task.chunks, suffix, range(count), count, none, tokens[split - 1 : -1], visible)
+        head = torch.tensor(sink_before(task.query.ids, sink), dtype=torch.long)
+        start = local_start(count, positions)
+        groups.append(group)
+        locals_.append(LocalRows(torch.cat([head, tokens[:-1]]), start, None, [group], shared_rows=len(head) + split))
+    hidden = sweep(base, adapter, [groups], locals_, positions)
+    return [
+        base.logits(states[:, -task.query.targets :])[0].float() for states, task in zip(hidden, tasks, strict=True)
+    ]
+
+
+def dense_losses(
+    base: BaseDecoder, adapter: CandidateAdapter, tasks: Sequence[Task], sink: int | None, positions: Positions
+) -> list[Tensor]:
+    """Return each task's mean negative log-likelihood of its targets (equation 6), scalars in nats per token."""
+    logits = dense_logits(base, adapter, tasks, sink, positions)
+    return [
+        F.cross_entropy(scores, torch.tensor(task.query.ids[task.query.split :], device=scores.device))
+        for scores, task in zip(logits, tasks, strict=True)
+    ]
