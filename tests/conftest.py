@@ -1,0 +1,155 @@
+"""Share tiny random models of every family, a byte-level tokenizer, and the one real model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from focus_core.candidate import CandidateAdapter
+from focus_core.config import FocusConfig
+from focus_core.engine import FocusEngine
+from focus_core.families import FAMILIES, BaseDecoder
+from focus_core.hub import AdapterInfo, LoadedBase, fingerprint
+
+SHARED = Path(__file__).parents[2] / "shared"
+VOCABULARY = 320
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of evaluation texts; tests that need it skip where it is not."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the evaluation texts in {folder}, which are not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 320 tokens with a chat template."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the cat sat on the mat and the dog ate the hat. " * 20], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template=TEMPLATE
+    )
+
+
+def tiny_model(family: str, *, layers: int = 3, window: int = 512, seed: int = 0, **changes: object) -> torch.nn.Module:
+    """A random decoder of ``family``: hidden 32, 4 heads, 2 KV heads where the family groups them."""
+    values: dict[str, object] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": window,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+        "use_cache": True,
+    }
+    if family == "opt":
+        for name in ("intermediate_size", "num_key_value_heads", "head_dim", "sliding_window"):
+            values.pop(name)
+        values |= {"ffn_dim": 48, "word_embed_proj_dim": 16}
+    if family == "gpt_neox":
+        for name in ("num_key_value_heads", "head_dim", "sliding_window"):
+            values.pop(name)
+        values |= {"attention_bias": True}
+    if family == "gemma2":
+        values |= {"sliding_window": 4096, "query_pre_attn_scalar": 8}
+    if family == "phi3":
+        values.pop("head_dim")
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**values, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)  # so that no bias or norm is trivial
+    return model.eval().requires_grad_(False)
+
+
+def perturb(adapter: CandidateAdapter, seed: int = 1, scale: float = 0.1) -> None:
+    """Move candidate projections away from their copies, so that tests can tell them apart."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter.trainable_parameters():
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+EngineFactory = Callable[..., FocusEngine]
+
+
+@pytest.fixture
+def make_engine(tokenizer: PreTrainedTokenizerFast) -> Iterator[EngineFactory]:
+    """Build engines on tiny models; ``make_engine("llama", chunk_size=16)``."""
+    made: list[FocusEngine] = []
+
+    def make(
+        family: str = "llama",
+        *,
+        dtype: torch.dtype = torch.float32,
+        model: torch.nn.Module | None = None,
+        scale: float = 0.1,
+        heads: tuple[tuple[int, int], ...] = (),
+        system: str | None = None,
+        **focus: object,
+    ) -> FocusEngine:
+        model = (model or tiny_model(family)).to(dtype)
+        loaded = LoadedBase(model, tokenizer, f"tiny-{family}", fingerprint(model))
+        positions = "shared" if FAMILIES[family].rotary == "half" else "ordered"
+        settings = {"window": 256, "chunk_size": 32, "prompt_length": 64, "positions": positions} | focus
+        base = BaseDecoder(model)
+        adapter = CandidateAdapter(base)
+        perturb(adapter, scale=scale)
+        info = AdapterInfo(
+            loaded.name, loaded.fingerprint, FocusConfig(**settings), attribution_heads=heads, system=system
+        )
+        engine = FocusEngine(loaded, info, adapter, base=base)
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+@pytest.fixture(scope="session")
+def real_engine() -> FocusEngine:
+    """The default base with the shipped adapter; loaded once."""
+    from focus_core.errors import BaseModelError
+    from focus_core.hub import default_gguf
+
+    try:
+        default_gguf()
+    except BaseModelError as error:
+        pytest.skip(str(error))
+    return FocusEngine.from_pretrained()
