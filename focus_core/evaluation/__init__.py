@@ -1,0 +1,1 @@
+"""Measure an engine and its baselines on the paper's tasks."""
