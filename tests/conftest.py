@@ -30,6 +30,7 @@ TEMPLATE = (
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +44,11 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
+    """See :func:`byte_level_tokenizer`."""
+    return byte_level_tokenizer()
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 320 tokens with a chat template."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -152,4 +158,5 @@ def real_engine() -> FocusEngine:
         default_gguf()
     except BaseModelError as error:
         pytest.skip(str(error))
+    torch.set_num_threads(os.cpu_count() or 1)
     return FocusEngine.from_pretrained()

@@ -41,9 +41,9 @@ def positions_of(family: str) -> list[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_1_attached_without_candidates_is_bit_identical_and_detaches(family):
-    """Logits of the base alone == logits with perturbed candidates attached; after detach the modules are the old ones."""
+    """Logits of the base alone == with perturbed candidates attached; after detach the modules are the old ones."""
     model = tiny_model(family)
-    before = {name: module for name, module in model.named_modules()}
+    before = dict(model.named_modules())
     ids = torch.randint(6, 300, (2, 19))
     plain = model(ids).logits
     implementation = model.config._attn_implementation
@@ -53,7 +53,7 @@ def test_1_attached_without_candidates_is_bit_identical_and_detaches(family):
     assert torch.equal(model(ids).logits, plain)
     adapter.detach()
     adapter.detach()
-    assert {name: module for name, module in model.named_modules()} == before
+    assert dict(model.named_modules()) == before
     assert model.config._attn_implementation == implementation
     assert torch.equal(model(ids).logits, plain)
 
@@ -84,7 +84,7 @@ def test_2_no_chunks_is_the_bases_own_greedy(family, make_engine):
 def test_3_engine_equals_the_oracle(family, mode, sink, make_engine):
     """Teacher-forced logits of a Reading == the oracle's, in float64, for every split of the chunks into batches."""
     for positions in positions_of(family):
-        model, base, adapter = build(family)
+        model, _, adapter = build(family)
         weights = {
             name.removesuffix(".base_layer"): module.weight.data.clone()
             for name, module in model.named_modules()
@@ -126,7 +126,7 @@ def test_3_batched_equals_one_by_one_equals_ragged(family):
 
 @pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.rotary == "half"])
 def test_4_a_moved_key_is_the_key_computed_there(family):
-    """First-layer keys at positions 7.. rotated by -7 == first-layer keys computed at 0.. (later layers see no positions)."""
+    """First-layer keys at positions 7.. rotated by -7 == first-layer keys computed at positions 0.. themselves."""
     _, base, _ = build(family)
     ids = torch.tensor([[40, 41, 42, 43]])
     keys = {}
