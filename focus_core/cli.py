@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from focus_core.errors import (
     AdapterError,
@@ -66,9 +66,10 @@ def main() -> None:
     """Run the command line and turn errors into one message and an exit code."""
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        note.print("\nstopped; nothing was lost", style="yellow")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:
+            note.print("stopped; nothing was lost", style="yellow")
+        raise
     except FocusError as error:
         note.print(f"error: {error}", style="red", markup=False)
         sys.exit(next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 1))
@@ -192,8 +193,8 @@ def chat(
 
 @app.command()
 def index(
-    paths: Paths,
     memory: Annotated[Path, typer.Option("--memory", help="Folder to keep the memory in.")],
+    paths: Paths = None,
     base: Base = None,
     adapter: Adapter = None,
     chunk_size: ChunkSize = None,
@@ -456,7 +457,7 @@ def _memory(engine: Any, paths: list[str], folder: Path | None, remove: list[str
 def _print_sources(answer: Any, count: int) -> None:
     if not answer.evidence:
         return
-    table = Table("score", "source", "passage", box=None, header_style="dim")
+    table = Table("score", Column("source", overflow="fold"), "passage", box=None, header_style="dim")
     for item in answer.evidence[:count]:
         passage = " ".join(item.text.split())
         table.add_row(f"{item.score:.3f}", f"{item.document_id}:{item.start}-{item.end}", passage[:90])

@@ -1,0 +1,150 @@
+"""Check FocusLLM in LangChain chains and LlamaIndex query engines, on a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+
+from focus_core import Document
+from focus_core.errors import ConfigError
+from focus_integrations import _engines
+
+LONG = "the cat sat on the mat.\n\n" * 80 + "who ate the hat?"
+
+
+def test_frameworks_are_imported_nowhere_else():
+    """The engine, the CLI and the shared part import without LangChain and LlamaIndex."""
+    code = (
+        "import sys; import focus_core, focus_core.cli, focus_core.bench, focus_integrations._engines; "
+        "assert not [m for m in sys.modules if m.startswith(('langchain', 'llama_index'))]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_langchain_chain_streams_batches_and_cites(make_engine, tmp_path):
+    """prompt | llm | parser over documents: invoke == joined stream == batch == ainvoke; sources in the result."""
+    from langchain_core.documents import Document as Page
+    from langchain_core.output_parsers import StrOutputParser
+    from langchain_core.prompts import PromptTemplate
+
+    from focus_integrations.langchain import FocusLLM
+
+    (tmp_path / "c.txt").write_text("the mat. " * 20)
+    pages = [
+        Page(page_content="the dog ate the hat. " * 9, metadata={"source": "page"}),
+        tmp_path / "c.txt",
+        "mat hat cat",
+    ]
+    llm = FocusLLM(engine=make_engine(), documents=pages, max_tokens=6)
+    chain = PromptTemplate.from_template("who {verb}?") | llm | StrOutputParser()
+    expected = chain.invoke({"verb": "ate"})
+    assert "".join(chain.stream({"verb": "ate"})).strip() == expected
+    assert chain.batch([{"verb": "ate"}, {"verb": "sat"}])[0] == expected
+    assert asyncio.run(chain.ainvoke({"verb": "ate"})) == expected
+    info = llm.generate(["who ate?"]).generations[0][0].generation_info
+    assert {source["document_id"] for source in info["sources"]} == {"page", str(tmp_path / "c.txt"), "document-2"}
+    assert info["usage"]["memory_tokens"] > 60
+    assert llm.generate(["who ate?"]).llm_output["token_usage"]["completion_tokens"] >= 1
+
+
+def test_langchain_reads_prompts_longer_than_the_window(make_engine):
+    """A prompt of several windows is answered; its head became memory; documents of one call do not stay."""
+    from focus_integrations.langchain import FocusLLM
+
+    llm = FocusLLM(engine=make_engine(), max_tokens=4)
+    assert llm.get_num_tokens(LONG) > 256
+    info = llm.generate([LONG]).generations[0][0].generation_info
+    assert info["sources"][0]["document_id"] == "prompt"
+    once = llm.bind(documents=["the hat " * 20])
+    assert isinstance(once.invoke("who?"), str)
+    assert llm.generate(["who?"]).generations[0][0].generation_info["sources"] == []
+
+
+def test_langchain_cache_keys_hold_the_corpus(make_engine):
+    """Equal prompts over different documents have different cache keys; equal ones the same."""
+    from focus_integrations.langchain import FocusLLM
+
+    engine = make_engine()
+    keys = [
+        str(dict(FocusLLM(engine=engine, documents=[Document("a", text)])._identifying_params))
+        for text in ("the cat", "the dog", "the cat")
+    ]
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_langchain_stop_seed_and_cancel(make_engine):
+    """stop ends the text in invoke and stream; seeds repeat; an abandoned stream frees the engine."""
+    from focus_integrations.langchain import FocusLLM
+
+    llm = FocusLLM(engine=make_engine(), documents=["the cat sat. " * 9], max_tokens=12, temperature=1.0, seed=5)
+    text = llm.invoke("who?")
+    assert text == llm.invoke("who?") != llm.invoke("who?", seed=6)
+    stop = text[3:5]
+    assert stop not in llm.invoke("who?", stop=[stop])
+    assert stop not in "".join(llm.stream("who?", stop=[stop]))
+    stream = llm.stream("who?", max_tokens=200)
+    next(stream)
+    stream.close()
+    assert llm.invoke("who?") == text
+
+
+def test_llama_index_query_engine_answers_over_all_nodes(make_engine):
+    """A query engine hands over every node at once; text grows as deltas come; async does not differ."""
+    from llama_index.core import Document as Page
+    from llama_index.core import SummaryIndex
+
+    from focus_integrations.llama_index import FocusLLM
+
+    llm = FocusLLM(engine=make_engine(), max_tokens=6)
+    index = SummaryIndex.from_documents([Page(text=f"the cat {number} sat on the mat. " * 20) for number in range(5)])
+    response = index.as_query_engine(llm=llm).query("who sat?")
+    assert str(response)
+    assert len(response.source_nodes) == 5
+    streamed = index.as_query_engine(llm=llm, streaming=True).query("who sat?")
+    assert "".join(streamed.response_gen).strip() == str(response).strip()
+    assert str(asyncio.run(index.as_query_engine(llm=llm).aquery("who sat?"))) == str(response)
+
+
+def test_llama_index_completions(make_engine):
+    """complete == the end of stream_complete == acomplete; sources and usage are where callbacks look."""
+    from llama_index.core.llms import ChatMessage
+
+    from focus_integrations.llama_index import FocusLLM
+
+    llm = FocusLLM(engine=make_engine(), documents=["the dog ate the hat. " * 9], max_tokens=6)
+    whole = llm.complete("who?")
+    pieces = list(llm.stream_complete("who?"))
+    assert pieces[-1].text.strip() == "".join(piece.delta for piece in pieces).strip() == whole.text
+    assert asyncio.run(llm.acomplete("who?")).text == whole.text
+
+    async def collect():
+        return [piece async for piece in await llm.astream_complete("who?")]
+
+    assert asyncio.run(collect())[-1].text.strip() == whole.text
+    assert whole.additional_kwargs["sources"][0]["score"] > 0
+    assert whole.additional_kwargs["prompt_tokens"] > 20
+    assert llm.chat([ChatMessage(role="user", content="who?")]).message.content == whole.text
+    assert llm.complete(LONG).additional_kwargs["sources"]
+    assert llm.metadata.context_window > 100_000
+
+
+def test_engines_are_shared_and_loaded_once(monkeypatch):
+    """Equal settings give the same engine; the loader runs once for each."""
+    loaded = []
+    monkeypatch.setattr(_engines, "_engines", {})
+    monkeypatch.setattr(
+        _engines.FocusEngine, "from_pretrained", classmethod(lambda cls, *a, **k: loaded.append(a) or object())
+    )
+    one = _engines.shared_engine("x")
+    assert one is _engines.shared_engine("x")
+    assert one is not _engines.shared_engine("y")
+    assert len(loaded) == 2
+
+
+def test_bad_documents_are_named():
+    """A document that is none says which type it was."""
+    with pytest.raises(ConfigError, match="got int"):
+        _engines.to_documents([3])
