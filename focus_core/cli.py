@@ -273,6 +273,7 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the example stream.")] = None,
     chunk_size: Annotated[int, typer.Option(help="Chunk size the adapter will be served with.")] = 512,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop after this long; run again to go on.")] = None,
     compact: Annotated[bool, typer.Option(help="Save the adapter as int8 differences.")] = False,
     device: Device = None,
 ) -> None:
@@ -313,7 +314,9 @@ def train(
             bar(step.step, f"loss {recent:.3f}  {step.tokens / max(step.seconds, 1e-9):,.0f} tokens/s")
 
         sink = sink_of(loaded) if settings.sink else None
-        done = run(decoder, adapter, stream, settings, output, sink=sink, report=report)
+        end = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
+        out_of_time = partial(_is_past, end)
+        done = run(decoder, adapter, stream, settings, output, sink=sink, report=report, stop=out_of_time)
     info = AdapterInfo(
         loaded.name,
         loaded.fingerprint,
@@ -473,6 +476,10 @@ def _numbers(text: str) -> list[int]:
         return [int(float(part[:-1]) * 1000) if part[-1] in "kK" else int(part) for part in text.split(",")]
     except (ValueError, IndexError) as error:
         raise ConfigError(f"cannot read the numbers {text!r}; write them like 1k,4000") from error
+
+
+def _is_past(moment: float) -> bool:
+    return time.monotonic() >= moment
 
 
 def _advance(bar: Callable[..., None], prediction: dict[str, Any]) -> None:

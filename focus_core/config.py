@@ -125,7 +125,7 @@ class DecodeConfig(_Json):
 
 @dataclass(frozen=True)
 class TrainConfig(_Json):
-    """How candidate projections are trained (dense objectives; see docs/method.md).
+    """How candidate projections are trained (dense objectives; see docs/training.md).
 
     Args:
         steps: optimizer steps in the whole schedule.

@@ -134,7 +134,7 @@ def load_base(
             "safetensors and a tokenizer, a .gguf file, or a hub name (needs the network or a filled hub cache)"
         ) from error
     model.to(place)  # type: ignore[arg-type]
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     return LoadedBase(model, tokenizer, str(name) if name else f"{DEFAULT_PACKAGE}/{DEFAULT_FILE}", fingerprint(model))
 
