@@ -50,10 +50,12 @@ class AttentionRecord:
     def __init__(self, chunks: int, heads: Sequence[tuple[int, int]] = ()) -> None:
         self.chunks, self.heads = chunks, tuple(heads)
         self._steps: list[Tensor] = []
+        self._total: Tensor | None = None
 
     def add(self, mass: Sequence[Tensor]) -> None:
         """Record one step: ``mass`` holds, per layer, (heads, k) attention of the last local row."""
         stacked = torch.stack(list(mass)).float().cpu()  # (layers, heads, k)
+        self._total = stacked if self._total is None else self._total + stacked
         if self.heads:
             layers, heads = zip(*self.heads, strict=True)
             stacked = stacked[list(layers), list(heads)]
@@ -62,6 +64,10 @@ class AttentionRecord:
     def steps(self) -> Tensor:
         """Return (tokens, k) mean mass on each candidate at each generated token."""
         return torch.stack(self._steps) if self._steps else torch.zeros(0, self.chunks)
+
+    def by_head(self) -> Tensor:
+        """Return (layers, heads, k) mass summed over tokens; empty when nothing was recorded."""
+        return self._total if self._total is not None else torch.zeros(0, 0, self.chunks)
 
     def scores(self) -> Tensor:
         """Return (k,) scores that add up to 1 (zeros when nothing was recorded)."""

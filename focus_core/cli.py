@@ -346,7 +346,7 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    task: Annotated[str, typer.Argument(help="passkey or questions.")],
+    task: Annotated[str, typer.Argument(help="passkey, questions, or heads (which heads name the source).")],
     output: Annotated[Path, typer.Option(help="Folder for predictions and metrics.")] = Path("build/eval"),
     lengths: Annotated[str, typer.Option(help="Passkey: memory tokens, such as 1k,4k,8k.")] = "1k,4k,8k",
     chunk_sizes: Annotated[str, typer.Option(help="Passkey: chunk sizes.")] = "512",
@@ -364,6 +364,9 @@ def evaluate(
     from focus_core.evaluation.runner import run
 
     engine = _engine(base, adapter, None, device)
+    if task == "heads":
+        _choose_heads(engine, file, _numbers(documents)[0], trials, seed, output)
+        return
     plans: list[tuple[str, Any, Callable[[], Any], int]] = []
     if task == "passkey":
         for tokens in _numbers(lengths):
@@ -371,12 +374,11 @@ def evaluate(
                 made = partial(tasks.passkey, engine.tokenizer, tokens, trials, seed)
                 plans.append((f"passkey-{tokens}-c{size}", engine.with_config(chunk_size=size), made, 8))
     elif task == "questions":
-        if file is None:
-            raise ConfigError("eval questions needs --file with JSON lines of question, answers and ctxs")
         for count in _numbers(documents):
-            plans.append((f"questions-{count}", engine, partial(tasks.multi_document, file, count, trials, seed), 24))
+            made = partial(tasks.multi_document, _question_file(file), count, trials, seed)
+            plans.append((f"questions-{count}", engine, made, 24))
     else:
-        raise ConfigError(f"unknown task {task!r}; choose passkey or questions")
+        raise ConfigError(f"unknown task {task!r}; choose passkey, questions or heads")
     rows = []
     for name, model, examples, most in plans:
         for method in methods.split(","):
@@ -476,6 +478,31 @@ def _numbers(text: str) -> list[int]:
         return [int(float(part[:-1]) * 1000) if part[-1] in "kK" else int(part) for part in text.split(",")]
     except (ValueError, IndexError) as error:
         raise ConfigError(f"cannot read the numbers {text!r}; write them like 1k,4000") from error
+
+
+def _question_file(file: Path | None) -> Path:
+    if file is None:
+        raise ConfigError("this task needs --file with JSON lines of question, answers and ctxs")
+    return file
+
+
+def _choose_heads(engine: Any, file: Path | None, documents: int, trials: int, seed: int, output: Path) -> None:
+    from focus_core.evaluation.heads import choose_heads
+    from focus_core.evaluation.tasks import multi_document
+
+    examples = multi_document(_question_file(file), documents, trials, seed)
+    with _progress("heads", trials) as bar:
+        choice = choose_heads(engine, examples, report=lambda done: bar(done, ""))
+    result = {
+        "attribution_heads": [list(pair) for pair in choice.heads],
+        "gold first with them": choice.recall,
+        "gold first with all heads": choice.recall_of_all,
+        "trials": choice.trials,
+        "best layers": choice.by_head.max(dim=1).values.tolist(),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "heads.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 def _is_past(moment: float) -> bool:

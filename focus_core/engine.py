@@ -65,6 +65,7 @@ class Answer:
         usage: token counts.
         tokens: generated tokens with their log-probabilities.
         attention: (tokens, k) attention on each chunk's candidate, in memory order.
+        attention_by_head: (layers, heads, k) the same summed over tokens, for every head.
     """
 
     text: str
@@ -74,6 +75,7 @@ class Answer:
     usage: Usage
     tokens: list[Token]
     attention: Tensor = field(repr=False)
+    attention_by_head: Tensor = field(repr=False)
 
 
 class AnswerStream:
@@ -144,6 +146,7 @@ class AnswerStream:
             usage=usage,
             tokens=self._tokens,
             attention=generation.record.steps(),
+            attention_by_head=generation.record.by_head(),
         )
 
 
@@ -175,7 +178,6 @@ class FocusEngine:
         self.tokenizer = tokenizer or TextTokenizer(loaded.tokenizer)
         self.sink = sink_of(loaded) if self.config.sink else None
         self.encoder = ChunkEncoder(self.base, self.tokenizer, self.config, self.sink, loaded.fingerprint)
-        self._lock = threading.RLock()
 
     @classmethod
     def from_pretrained(
@@ -247,11 +249,9 @@ class FocusEngine:
         self.adapter.detach()
 
     def with_config(self, **changes: Any) -> FocusEngine:
-        """Return an engine with other :class:`FocusConfig` settings that shares this one's weights and lock."""
+        """Return an engine with other :class:`FocusConfig` settings that shares this one's weights."""
         info = replace(self.info, focus=replace(self.config, **changes))
-        other = FocusEngine(self.loaded, info, self.adapter, base=self.base, tokenizer=self.tokenizer)
-        other._lock = self._lock
-        return other
+        return FocusEngine(self.loaded, info, self.adapter, base=self.base, tokenizer=self.tokenizer)
 
     @property
     def adapter_fingerprint(self) -> str:
@@ -358,7 +358,6 @@ class FocusEngine:
             self.sink,
             max_tokens=decode.max_tokens,
             chunks_per_batch=decode.chunks_per_batch,
-            lock=self._lock,
         )
         generation = Generation(
             reading,

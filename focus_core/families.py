@@ -7,6 +7,7 @@ was found. The module knows nothing of chunks or candidates.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ class BaseDecoder:
         self.config = model.config
         self.model_type = str(model.config.model_type)
         self.family = family_of(self.model_type)
+        self._lock = threading.RLock()
         body: Any = model.get_decoder()  # type: ignore[no-untyped-call]
         self._body = body.decoder if hasattr(body, "decoder") else body
         self.layers: nn.ModuleList = self._body.layers
@@ -205,13 +207,17 @@ class BaseDecoder:
 
     @contextmanager
     def own_attention(self) -> Iterator[None]:
-        """Route the base's attention to :data:`Attend` functions; the base's own choice is put back on exit."""
-        before = self.config._attn_implementation
-        self.config._attn_implementation = _INTERFACE
-        try:
-            yield
-        finally:
-            self.config._attn_implementation = before
+        """Route the base's attention to :data:`Attend` functions; the base's own choice is put back on exit.
+
+        One thread at a time may be inside, so passes of several requests take turns.
+        """
+        with self._lock:
+            before = self.config._attn_implementation
+            self.config._attn_implementation = _INTERFACE
+            try:
+                yield
+            finally:
+                self.config._attn_implementation = before
 
     # -- projections --------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ It samples nothing and knows no text.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import psutil
@@ -36,7 +35,6 @@ class Reading:
         sink: token that starts the local row, or ``None``.
         max_tokens: most tokens that will be generated.
         chunks_per_batch: chunks run together; ``None`` chooses from free memory.
-        lock: held during each sweep, since all readings share the model.
         check: called between layers, may raise to cancel.
     """
 
@@ -50,12 +48,10 @@ class Reading:
         *,
         max_tokens: int,
         chunks_per_batch: int | None = None,
-        lock: threading.RLock | None = None,
         check: Check = lambda: None,
     ) -> None:
         self.base, self.adapter, self.focus, self.state, self.sink = base, adapter, focus, state, sink
         self.max_tokens, self.chunks_per_batch = max_tokens, chunks_per_batch
-        self.lock = lock or threading.RLock()
         self.check = check
         self.ids: list[int] = []
         self.mass: list[Tensor] = []
@@ -125,7 +121,7 @@ class Reading:
         local = LocalRows(
             torch.tensor(local_ids), position, self._cache, groups, shared_rows=len(local_ids), record=bool(groups)
         )
-        with self.lock, torch.no_grad():
+        with torch.no_grad():
             hidden = sweep(self.base, self.adapter, calls, [local], self.focus.positions, self.check)[0]
             self.mass = local.mass
             return self.base.logits(hidden[:, -1:])[0, 0].float()

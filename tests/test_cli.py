@@ -162,6 +162,23 @@ def test_eval_makes_a_table_and_resumes(run, tmp_path):
     assert (tmp_path / "passkey-200-c48.focusllm.jsonl").read_text() == rows
 
 
+def test_eval_questions_and_heads(run, tmp_path):
+    """Questions over three documents by every baseline; heads names at least one (layer, head)."""
+    rows = [
+        {"question": f"who ate {word}?", "answers": [word], "ctxs": [{"title": word, "text": f"the {word} ate."}]}
+        for word in ("cat", "dog", "hat", "mat")
+    ]
+    file = tmp_path / "qa.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    arguments = ["--file", file, "--documents", 3, "--trials", 2, "--output", tmp_path]
+    code, out, err = run("eval", "questions", *arguments, "--methods", "focusllm,gold,closed-book")
+    assert code == 0, err
+    assert "questions-3" in out
+    code, out, err = run("eval", "heads", *arguments)
+    assert code == 0, err
+    assert json.loads(out)["trials"] == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -170,7 +187,7 @@ def test_eval_makes_a_table_and_resumes(run, tmp_path):
         (["ask", "who?", "FILES", "--temperature", "-1"], 2, "temperature must be at least"),
         (["ask", "who?", "FILES", "--memory", "FILES"], 0, ""),
         (["ask", "who?", "FILES", "--chunk-size", "4000"], 2, "chunk_size must be at most"),
-        (["eval", "riddles"], 2, "unknown task 'riddles'; choose passkey or questions"),
+        (["eval", "riddles"], 2, "unknown task 'riddles'; choose passkey, questions or heads"),
         (["ask"], 2, "Missing argument"),
     ],
 )

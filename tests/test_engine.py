@@ -102,6 +102,9 @@ def test_recorded_attention_is_the_softmax(make_engine):
     attention = engine.answer("who?", memory, max_tokens=2).attention
     assert (attention >= 0).all()
     assert (attention.sum(1) < 1).all()
+    by_head = engine.answer("who?", memory, max_tokens=2).attention_by_head
+    assert by_head.shape == (3, 4, len(memory))
+    torch.testing.assert_close(by_head.mean((0, 1)), attention.sum(0))
 
 
 def test_packing_shares_chunks_and_removal_reads_the_rest_again(make_engine):
