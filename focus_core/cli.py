@@ -278,67 +278,36 @@ def train(
     device: Device = None,
 ) -> None:
     """Train an adapter for a base; run it again with the same settings to resume."""
-    import torch
-
-    from focus_core.candidate import CandidateAdapter
-    from focus_core.config import FocusConfig, TrainConfig
-    from focus_core.engine import sink_of
-    from focus_core.families import BaseDecoder
-    from focus_core.hub import AdapterInfo, load_adapter, load_base, save_adapter
-    from focus_core.tokenization import TextTokenizer
-    from focus_core.training.data import SHORT_ANSWER, SYSTEM, ExampleStream, read_training_texts
+    from focus_core.config import TrainConfig
+    from focus_core.hub import load_base
+    from focus_core.training.adapter import train_adapter
     from focus_core.training.loop import StepReport
-    from focus_core.training.loop import train as run
 
     values = json.loads(config.read_text()) if config else {}
     given = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
     settings = TrainConfig.from_dict(values | {name: value for name, value in given.items() if value is not None})
     loaded = load_base(base, device=device, notice=note.print)
-    decoder = BaseDecoder(loaded.model)
-    texts = read_training_texts(data)
-    note.print(f"{len(texts.texts):,} texts and {len(texts.questions):,} questions")
-    adapter = CandidateAdapter(decoder, torch.float32)
-    if init is not None:
-        load_adapter(init, adapter, loaded)
-    tokenizer = TextTokenizer(loaded.tokenizer)
-    stream = ExampleStream(texts, tokenizer, settings)
+    end = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
     losses: list[float] = []
-    last: StepReport | None = None
     with _progress("training", settings.steps) as bar:
 
         def report(step: StepReport) -> None:
-            nonlocal last
-            last = step
             losses.append(step.loss)
             recent = sum(losses[-20:]) / len(losses[-20:])
             bar(step.step, f"loss {recent:.3f}  {step.tokens / max(step.seconds, 1e-9):,.0f} tokens/s")
 
-        sink = sink_of(loaded) if settings.sink else None
-        end = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
-        out_of_time = partial(_is_past, end)
-        done = run(decoder, adapter, stream, settings, output, sink=sink, report=report, stop=out_of_time)
-    info = AdapterInfo(
-        loaded.name,
-        loaded.fingerprint,
-        FocusConfig(
-            window=min(4096, decoder.window),
+        folder = train_adapter(
+            loaded,
+            data,
+            output,
+            settings,
+            init=init,
             chunk_size=chunk_size,
-            prompt_length=min(512, decoder.window // 4),
-            positions=settings.positions,
-            sink=settings.sink,
-        ),
-        {
-            "steps": done,
-            "tokens": last.tokens if last else 0,
-            "targets": last.targets if last else 0,
-            "chunk_sizes": list(settings.chunk_sizes),
-            "max_chunks": min(settings.max_chunks, settings.max_memory_tokens // min(settings.chunk_sizes)),
-        },
-        f"{{question}}\n{SHORT_ANSWER}" if texts.questions else "{question}",
-        SYSTEM,
-    )
-    save_adapter(output / "adapter", adapter, info, compact=compact)
-    note.print(f"adapter in {output / 'adapter'}; use it with --adapter {output / 'adapter'}")
+            compact=compact,
+            report=report,
+            stop=partial(_is_past, end),
+        )
+    note.print(f"adapter in {folder}; use it with --adapter {folder}")
 
 
 # -- eval and bench ---------------------------------------------------------------------------------------------
