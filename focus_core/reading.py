@@ -123,7 +123,8 @@ class Reading:
         )
         with torch.no_grad():
             hidden = sweep(self.base, self.adapter, calls, [local], self.focus.positions, self.check)[0]
-            self.mass = local.mass
+            order = torch.tensor([index for group in groups for index in group.indices], dtype=torch.long).argsort()
+            self.mass = [mass[:, order.to(mass.device)] for mass in local.mass]  # from batch to memory order
             return self.base.logits(hidden[:, -1:])[0, 0].float()
 
     def _make_groups(self, size: int) -> list[ChunkRows]:

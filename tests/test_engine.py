@@ -107,6 +107,18 @@ def test_recorded_attention_is_the_softmax(make_engine):
     torch.testing.assert_close(by_head.mean((0, 1)), attention.sum(0))
 
 
+def test_scores_belong_to_their_documents_in_any_order(make_engine):
+    """With shared positions each document's score == its score when the documents come in another order."""
+    engine = make_engine(scale=0.5)
+    documents = [Document(str(index), text) for index, text in enumerate(DOCUMENTS)]
+    first = engine.answer("who?", engine.remember(documents), max_tokens=3)
+    second = engine.answer("who?", engine.remember(documents[::-1]), max_tokens=3, chunks_per_batch=2)
+    assert {item.document_id: item.score for item in first.evidence} == {
+        item.document_id: pytest.approx(item.score, abs=1e-5) for item in second.evidence
+    }
+    assert len({round(item.score, 4) for item in first.evidence}) == 3
+
+
 def test_packing_shares_chunks_and_removal_reads_the_rest_again(make_engine):
     """Packed documents need fewer chunks; removing one of a shared chunk keeps the others answerable."""
     engine = make_engine()

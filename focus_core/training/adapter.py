@@ -55,18 +55,11 @@ def train_adapter(
     texts = read_training_texts(data)
     base, tokenizer = BaseDecoder(loaded.model), TextTokenizer(loaded.tokenizer)
     stream = ExampleStream(texts, tokenizer, settings)
-    last: StepReport | None = None
-
-    def remember(step: StepReport) -> None:
-        nonlocal last
-        last = step
-        report(step)
-
     with CandidateAdapter(base, torch.float32) as adapter:
         if init is not None:
             load_adapter(init, adapter, loaded)
         sink = sink_of(loaded) if settings.sink else None
-        done = train(base, adapter, stream, settings, output, sink=sink, report=remember, stop=stop)
+        done = train(base, adapter, stream, settings, output, sink=sink, report=report, stop=stop)
         window = min(4096, base.window)
         focus = FocusConfig(
             window=window,
@@ -76,9 +69,9 @@ def train_adapter(
             sink=settings.sink,
         )
         trained = {
-            "steps": done,
-            "tokens": last.tokens if last else 0,
-            "targets": last.targets if last else 0,
+            "steps": done.step,
+            "tokens": done.tokens,
+            "targets": done.targets,
             "chunk_sizes": list(settings.chunk_sizes),
             "max_chunks": min(settings.max_chunks, settings.max_memory_tokens // min(settings.chunk_sizes)),
         }

@@ -29,6 +29,23 @@ CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True)
+class Totals:
+    """What a run and those it resumed did together.
+
+    Args:
+        step: optimizer steps.
+        tokens: input tokens (memory, prompt and local rows).
+        targets: supervised tokens.
+        seconds: wall time.
+    """
+
+    step: int
+    tokens: int
+    targets: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class StepReport:
     """What one optimizer step did.
 
@@ -63,7 +80,7 @@ def train(
     report: Callable[[StepReport], None] = lambda _: None,
     checkpoint_seconds: float = 240.0,
     stop: Callable[[], bool] = lambda: False,
-) -> int:
+) -> Totals:
     """Run the schedule from the last checkpoint in ``output`` (or the start) to its end, or until ``stop()``.
 
     Args:
@@ -78,7 +95,7 @@ def train(
         stop: asked after every step.
 
     Returns:
-        Number of steps done in total.
+        What all runs together did.
     """
     output.mkdir(parents=True, exist_ok=True)
     parameters = adapter.trainable_parameters()
@@ -110,7 +127,7 @@ def train(
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
-    return int(state["step"])
+    return Totals(**state)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
