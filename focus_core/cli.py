@@ -393,8 +393,12 @@ def bench(
 
 def _engine(base: str | None, adapter: str | None, chunk_size: int | None, device: str | None) -> Any:
     with _waiting("loading the model"):
+        from transformers.utils import logging
+
         from focus_core.engine import FocusEngine
 
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
         return FocusEngine.from_pretrained(
             base, adapter, chunk_size=chunk_size, device=device, notice=lambda text: note.print(text)
         )
