@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -148,3 +150,25 @@ def test_bad_documents_are_named():
     """A document that is none says which type it was."""
     with pytest.raises(ConfigError, match="got int"):
         _engines.to_documents([3])
+
+
+@pytest.mark.parametrize("framework", ["langchain", "llama_index"])
+def test_the_readmes_blocks_run(framework, make_engine, tmp_path, monkeypatch):
+    """The README's framework blocks, word for word, on a tiny engine and a folder of contracts."""
+    import importlib
+
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    blocks = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", readme, re.S)
+        if f"focus_integrations.{framework}" in block
+    ]
+    assert len(blocks) == 1
+    (tmp_path / "contracts").mkdir()
+    (tmp_path / "contracts" / "lease.txt").write_text("the cat sat on the mat. " * 40)
+    monkeypatch.chdir(tmp_path)
+    engine = make_engine(window=512, chunk_size=64)
+    module = importlib.import_module(f"focus_integrations.{framework}.llm")
+    monkeypatch.setattr(module, "shared_engine", lambda *settings: engine)
+    monkeypatch.setattr(module.FocusLLM.model_fields["max_tokens"], "default", 8)
+    exec(compile(blocks[0], "README.md", "exec"), {"any_length_of_text": LONG})
