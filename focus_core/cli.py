@@ -470,8 +470,10 @@ def _choose_heads(engine: Any, file: Path | None, documents: int, trials: int, s
         "attribution_heads": [list(pair) for pair in choice.heads],
         "gold first with them": choice.recall,
         "gold first with all heads": choice.recall_of_all,
+        "share on gold with them": choice.share,
+        "share on gold with all heads": choice.share_of_all,
         "trials": choice.trials,
-        "best layers": choice.by_head.max(dim=1).values.tolist(),
+        "best head of each layer": choice.by_head.max(dim=1).values.tolist(),
     }
     output.mkdir(parents=True, exist_ok=True)
     (output / "heads.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Find the attention heads whose mass on candidates names the document that holds the answer.
 
-A head is as good as the share of questions whose gold document received most of its attention. The best ones are added
-greedily while their mean attention names more documents.
+A head is as good as the share of its attention on memory that the gold document receives, averaged over questions. The
+best ones are kept; whether the document that they put first is the gold one is reported beside the mean of all heads.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ class HeadChoice:
         heads: chosen (layer, head) pairs, best first.
         recall: share of questions whose gold document came first with them.
         recall_of_all: the same with the mean of all heads.
+        share: attention on the gold document, of all on memory, with them.
+        share_of_all: the same with the mean of all heads.
         trials: how many questions.
-        by_head: (layers, heads) recall of each alone.
+        by_head: (layers, heads) share of each alone.
     """
 
     heads: tuple[tuple[int, int], ...]
     recall: float
     recall_of_all: float
+    share: float
+    share_of_all: float
     trials: int
     by_head: Tensor
 
@@ -49,7 +53,7 @@ def choose_heads(
         engine: model under test.
         trials: each with ``gold`` and one chunk a document.
         max_tokens: answer tokens to listen to.
-        most: most heads to choose.
+        most: heads to choose.
         report: called with the number of questions done.
     """
     masses, golds = [], []
@@ -60,17 +64,24 @@ def choose_heads(
         golds.append([chunk.document_id for chunk in memory.chunks].index(str(trial.gold)))
         report(len(golds))
     stacked, gold = torch.stack(masses), torch.tensor(golds)  # (trials, layers, heads, k), (trials,)
-    by_head = (stacked.argmax(-1) == gold[:, None, None]).float().mean(0)
-    order = by_head.flatten().argsort(descending=True).tolist()
+    at_gold = stacked.gather(-1, gold[:, None, None, None].expand(*stacked.shape[:3], 1)).squeeze(-1)
+    share = (at_gold / stacked.sum(-1).clamp_min(1e-12)).mean(0)  # (layers, heads)
+    chosen = share.flatten().argsort(descending=True)[:most].tolist()
     flat = stacked.flatten(1, 2)
-    chosen: list[int] = []
-    best = 0.0
-    for head in order[: 4 * most]:
-        recall = _recall(flat[:, [*chosen, head]], gold)
-        if recall > best and len(chosen) < most:
-            chosen, best = [*chosen, head], recall
-    heads = tuple(divmod(head, stacked.shape[2]) for head in chosen)
-    return HeadChoice(heads, best, _recall(flat, gold), len(golds), by_head)
+    return HeadChoice(
+        heads=tuple(divmod(head, stacked.shape[2]) for head in chosen),
+        recall=_recall(flat[:, chosen], gold),
+        recall_of_all=_recall(flat, gold),
+        share=_share(flat[:, chosen], gold),
+        share_of_all=_share(flat, gold),
+        trials=len(golds),
+        by_head=share,
+    )
+
+
+def _share(mass: Tensor, gold: Tensor) -> float:
+    mean = mass.mean(1)
+    return float((mean.gather(1, gold[:, None]).squeeze(1) / mean.sum(1)).mean())
 
 
 def _recall(mass: Tensor, gold: Tensor) -> float:
