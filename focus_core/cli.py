@@ -397,8 +397,8 @@ def _engine(base: str | None, adapter: str | None, chunk_size: int | None, devic
 
         from focus_core.engine import FocusEngine
 
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         return FocusEngine.from_pretrained(
             base, adapter, chunk_size=chunk_size, device=device, notice=lambda text: note.print(text)
         )
