@@ -435,7 +435,8 @@ def _memory(engine: Any, paths: list[str], folder: Path | None, remove: list[str
 def _print_sources(answer: Any, count: int) -> None:
     if not answer.evidence:
         return
-    table = Table("score", Column("source", overflow="fold"), "passage", box=None, header_style="dim")
+    passage_column = Column("passage", no_wrap=True, overflow="ellipsis")
+    table = Table("score", Column("source", overflow="fold"), passage_column, box=None, header_style="dim")
     for item in answer.evidence[:count]:
         passage = " ".join(item.text.split())
         table.add_row(f"{item.score:.3f}", f"{item.document_id}:{item.start}-{item.end}", passage[:90])
