@@ -435,8 +435,12 @@ def _memory(engine: Any, paths: list[str], folder: Path | None, remove: list[str
 def _print_sources(answer: Any, count: int) -> None:
     if not answer.evidence:
         return
-    passage_column = Column("passage", no_wrap=True, overflow="ellipsis")
-    table = Table("score", Column("source", overflow="fold"), passage_column, box=None, header_style="dim")
+    columns = (
+        Column("score", width=6),
+        Column("source", overflow="fold", ratio=1),
+        Column("passage", no_wrap=True, overflow="ellipsis", ratio=1),
+    )
+    table = Table(*columns, box=None, header_style="dim", expand=True)
     for item in answer.evidence[:count]:
         passage = " ".join(item.text.split())
         table.add_row(f"{item.score:.3f}", f"{item.document_id}:{item.start}-{item.end}", passage[:90])
