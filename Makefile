@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 HELP := Check the network and free disk space (the environment needs about 3 GB), then run make again.
-QUESTION := Which statement terminates the nearest enclosing loop?
+QUESTION := Which statement is used to raise an exception?
 
 .PHONY: demo test check format clean
 .DELETE_ON_ERROR:

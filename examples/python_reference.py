@@ -1,7 +1,7 @@
 """Write the topics of Python's language reference to a folder: a real corpus that every Python carries.
 
     python examples/python_reference.py build/python-reference
-    focusllm ask "Which statement terminates the nearest enclosing loop?" build/python-reference
+    focusllm ask "Which statement is used to raise an exception?" build/python-reference
 
 79 documents, 465,000 characters, from the standard library's ``pydoc_data.topics``.
 """
