@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from focus_core import cli
 from tests.conftest import tiny_model
@@ -40,7 +39,7 @@ def run(base, monkeypatch, capsys):
     """Run ``focusllm ARGS``; return (exit code, stdout, stderr)."""
 
     def invoke(*arguments, model=True, stdin=None):
-        monkeypatch.setattr(cli, "note", Console(stderr=True, width=240))
+        monkeypatch.setattr(cli.note, "width", 240)
         argv = ["focusllm", *map(str, arguments)]
         if model:
             argv += ["--base", base, "--adapter", "untrained"]

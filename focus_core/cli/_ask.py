@@ -1,0 +1,227 @@
+"""Commands that read and answer: ask, chat, index, info."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from focus_core.cli._shared import (
+    Adapter,
+    Base,
+    ChunkSize,
+    Device,
+    MaxTokens,
+    MemoryFolder,
+    Paths,
+    Seed,
+    Temperature,
+    app,
+    note,
+    open_engine,
+    open_memory,
+    skipped,
+    waiting,
+)
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    paths: Paths = None,
+    memory: MemoryFolder = None,
+    base: Base = None,
+    adapter: Adapter = None,
+    chunk_size: ChunkSize = None,
+    device: Device = None,
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
+    chunks_per_batch: Annotated[
+        int | None, typer.Option(help="Chunks run together. [default: from free memory]")
+    ] = None,
+    sources: Annotated[int, typer.Option(help="How many sources to show.")] = 5,
+    heatmap: Annotated[Path | None, typer.Option(help="Draw the attention on every chunk to this image.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    raw: Annotated[bool, typer.Option(help="The question is text to be continued, not a chat turn.")] = False,
+) -> None:
+    """Answer one question over files and folders, with its sources."""
+    engine = open_engine(base, adapter, chunk_size, device)
+    held = open_memory(engine, paths or [], memory)
+    stream = engine.stream(
+        question,
+        held,
+        template="raw" if raw else "question",
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        stop=stop or (),
+        chunks_per_batch=chunks_per_batch,
+    )
+    started = time.monotonic()
+    with stream:
+        with waiting(f"focusing on {len(held)} chunks"):
+            pieces = iter(stream)
+            first = next(pieces, "")
+        if not as_json:
+            print(first.lstrip(), end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print()
+        answer = stream.answer
+    seconds = time.monotonic() - started
+    if heatmap is not None:
+        from focus_core.attribution import save_heatmap
+
+        labels = [f"{chunk.document_id}:{chunk.start}" for chunk in held.chunks]
+        texts = [engine.tokenizer.decode([token.id]) or "(end)" for token in answer.tokens]
+        save_heatmap(answer.attention, texts, labels, heatmap)
+        note.print(f"heat map in {heatmap}")
+    if as_json:
+        result = {
+            "answer": answer.text,
+            "finish_reason": answer.finish_reason,
+            "sources": [asdict(item) for item in answer.evidence[:sources]],
+            "passages": [asdict(item) for item in answer.passages[:sources]],
+            "usage": asdict(answer.usage),
+            "seconds": round(seconds, 3),
+        }
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    _print_sources(answer, sources)
+    note.print(
+        f"{answer.usage.chunks} chunks, {answer.usage.memory:,} tokens read; "
+        f"{answer.usage.generated} tokens in {seconds:.1f} s",
+        style="dim",
+    )
+
+
+@app.command()
+def chat(
+    paths: Paths = None,
+    memory: MemoryFolder = None,
+    base: Base = None,
+    adapter: Adapter = None,
+    chunk_size: ChunkSize = None,
+    device: Device = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+) -> None:
+    """Talk about files and folders; an empty line or Ctrl-D ends it, Ctrl-C stops an answer."""
+    engine = open_engine(base, adapter, chunk_size, device)
+    held = open_memory(engine, paths or [], memory)
+    turns: list[dict[str, str]] = []
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not question:
+            return
+        turns.append({"role": "user", "content": engine.info.question_template.replace("{question}", question)})
+        local = engine.tokenizer.render(turns, engine.info.system)
+        while len(local) + max_tokens + 1 > engine.config.window and len(turns) > 1:
+            turns = turns[2:]  # the oldest exchange is forgotten first
+            local = engine.tokenizer.render(turns, engine.info.system)
+        with engine.stream_ids(local, held, max_tokens=max_tokens, temperature=temperature, seed=seed) as stream:
+            try:
+                for piece in stream:
+                    print(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                stream.close()
+            print()
+            answer = stream.answer
+        _print_sources(answer, 3)
+        turns.append({"role": "assistant", "content": answer.text})
+
+
+@app.command()
+def index(
+    memory: Annotated[Path, typer.Option("--memory", help="Folder to keep the memory in.")],
+    paths: Paths = None,
+    base: Base = None,
+    adapter: Adapter = None,
+    chunk_size: ChunkSize = None,
+    device: Device = None,
+    remove: Annotated[list[str] | None, typer.Option(help="Document id to forget; may be repeated.")] = None,
+) -> None:
+    """Read files and folders into a memory on disk; only new and changed documents are computed."""
+    engine = open_engine(base, adapter, chunk_size, device)
+    held = open_memory(engine, paths or [], memory, remove=remove or [])
+    note.print(f"{len(held.documents)} documents, {len(held)} chunks, {held.tokens:,} tokens in {memory}")
+
+
+# -- info -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def info(
+    paths: Paths = None,
+    base: Base = None,
+    adapter: Adapter = None,
+    chunk_size: ChunkSize = None,
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show model and adapter, and what reading PATHS would cost, before anything is read into memory."""
+    from focus_core.bench import measure_prefill
+    from focus_core.corpus import load_documents
+
+    engine = open_engine(base, adapter, chunk_size, device)
+    facts: dict[str, Any] = {
+        "base": engine.loaded.name,
+        "family": engine.base.model_type,
+        "weights": engine.loaded.fingerprint[:12],
+        "device": str(engine.base.device),
+        "dtype": str(engine.base.dtype).removeprefix("torch."),
+        "layers": engine.base.num_layers,
+        "base window": engine.base.window,
+        "adapter trained on": engine.info.trained or "nothing (untrained)",
+        **{name.replace("_", " "): value for name, value in engine.config.to_dict().items()},
+    }
+    if paths:
+        documents = load_documents(paths, skipped=skipped)
+        chunks = [chunk for document in documents for chunk in engine.encoder.cut(document)]
+        tokens = sum(len(chunk.ids) for chunk in chunks)
+        each = (engine.base.num_layers - 1) * 2 * engine.base.num_kv_heads * engine.base.head_dim
+        with waiting("measuring this machine"):
+            speed = measure_prefill(engine, min(engine.config.chunk_size, max(len(chunk.ids) for chunk in chunks)))
+        facts |= {
+            "documents": len(documents),
+            "characters": sum(len(document.text) for document in documents),
+            "tokens": tokens,
+            "chunks": len(chunks),
+            "chunk KV bytes": (tokens + len(chunks)) * each * engine.base.dtype.itemsize,
+            "seconds to read": round(tokens / speed, 1),
+        }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)
+
+
+def _print_sources(answer: Any, count: int) -> None:
+    if not answer.evidence:
+        return
+    columns = (
+        Column("score", width=6),
+        Column("source", overflow="fold", ratio=1),
+        Column("passage", no_wrap=True, overflow="ellipsis", ratio=1),
+    )
+    table = Table(*columns, box=None, header_style="dim", expand=True)
+    for item in answer.evidence[:count]:
+        passage = " ".join(item.text.split())
+        table.add_row(f"{item.score:.3f}", f"{item.document_id}:{item.start}-{item.end}", passage[:90])
+    note.print(table)

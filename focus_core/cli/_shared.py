@@ -1,0 +1,107 @@
+"""What every command shares: the app, common options, progress, and opening engines and memories."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from focus_core.errors import ConfigError, CorpusError
+
+app = typer.Typer(
+    help="Ask questions over a whole corpus: every chunk is read, none is retrieved.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+note = Console(stderr=True, highlight=False)
+
+Paths = Annotated[list[str] | None, typer.Argument(help="Files and folders; - is standard input.")]
+Base = Annotated[str | None, typer.Option(help="Base model: hub name, folder or .gguf file. [default: installed one]")]
+Adapter = Annotated[str | None, typer.Option(help="Adapter folder or hub name, or 'untrained'. [default: shipped one]")]
+MemoryFolder = Annotated[Path | None, typer.Option("--memory", help="Folder that keeps what was read; made if absent.")]
+ChunkSize = Annotated[int | None, typer.Option(help="Most tokens of a chunk. [default: the adapter's]")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: what there is]")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens of the answer.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling reproducible.")]
+
+
+def open_engine(base: str | None, adapter: str | None, chunk_size: int | None, device: str | None) -> Any:
+    with waiting("loading the model"):
+        from transformers.utils import logging
+
+        from focus_core.engine import FocusEngine
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        return FocusEngine.from_pretrained(
+            base, adapter, chunk_size=chunk_size, device=device, notice=lambda text: note.print(text)
+        )
+
+
+def open_memory(engine: Any, paths: list[str], folder: Path | None, remove: list[str] | None = None) -> Any:
+    """Load the memory in ``folder`` if there is one, read ``paths`` into it, and save what changed."""
+    from focus_core.corpus import load_documents
+    from focus_core.store import Store
+
+    if not paths and not sys.stdin.isatty() and (folder is None or not (folder / "memory.json").exists()):
+        paths = ["-"]
+    documents = load_documents(paths, skipped=skipped) if paths else []
+    if folder is not None and (folder / "memory.json").exists():
+        with progress("loading memory") as bar:
+            memory = engine.load_memory(folder, progress=lambda done, total: bar(done, "", total))
+    else:
+        if not documents:
+            raise CorpusError("nothing to read; name files or folders, or a --memory folder made before")
+        memory = engine.remember([])
+        if folder is not None:
+            memory.store = Store(folder / "kv")
+    before = memory.state
+    with progress("reading") as bar:
+        memory.add(documents, progress=lambda done, total: bar(done, "", total))
+    if remove:
+        memory.remove(remove)
+    if folder is not None and memory.state is not before:
+        with progress("saving") as bar:
+            memory.save(folder, progress=lambda done, total: bar(done, "", total))
+    return memory
+
+
+def skipped(path: Path, why: str) -> None:
+    note.print(f"left out {path}: {why}", style="dim", markup=False)
+
+
+def numbers(text: str) -> list[int]:
+    try:
+        return [int(float(part[:-1]) * 1000) if part[-1] in "kK" else int(part) for part in text.split(",")]
+    except (ValueError, IndexError) as error:
+        raise ConfigError(f"cannot read the numbers {text!r}; write them like 1k,4000") from error
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    with note.status(text):
+        yield
+
+
+@contextmanager
+def progress(text: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(
+        *columns, TimeRemainingColumn(), TextColumn("{task.fields[extra]}"), console=note, transient=True
+    ) as bar:
+        task = bar.add_task(text, total=total, extra="")
+
+        def update(done: int, extra: str, total: int | None = None) -> None:
+            if total is not None:
+                bar.update(task, total=total)
+            bar.update(task, completed=done, extra=extra)
+
+        yield update
