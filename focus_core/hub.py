@@ -129,14 +129,32 @@ def load_base(
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise BaseModelError(
-            f"base model {str(name or source)!r} cannot be loaded ({_first_line(error)}); give a folder with "
-            "safetensors and a tokenizer, a .gguf file, or a hub name (needs the network or a filled hub cache)"
-        ) from error
+        raise _not_loadable(str(name or source), error) from error
     model.to(place)  # type: ignore[arg-type]
     model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     return LoadedBase(model, tokenizer, str(name) if name else f"{DEFAULT_PACKAGE}/{DEFAULT_FILE}", fingerprint(model))
+
+
+def load_tokenizer(name: str | Path | None = None, *, notice: Notice = lambda text: None) -> PreTrainedTokenizerBase:
+    """Load a base's tokenizer without its weights; takes the names that :func:`load_base` takes.
+
+    Raises:
+        BaseModelError: it cannot be found or read.
+    """
+    source = _source(name, notice)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loadable(str(name or source), error) from error
+    return tokenizer
+
+
+def _not_loadable(name: str, error: BaseException) -> BaseModelError:
+    return BaseModelError(
+        f"base model {name!r} cannot be loaded ({_first_line(error)}); give a folder with safetensors and a tokenizer, "
+        "a .gguf file, or a hub name (needs the network or a filled hub cache)"
+    )
 
 
 def fingerprint(model: PreTrainedModel) -> str:
