@@ -56,10 +56,17 @@ class AttentionRecord:
         """Record one step: ``mass`` holds, per layer, (heads, k) attention of the last local row."""
         stacked = torch.stack(list(mass)).float().cpu()  # (layers, heads, k)
         self._total = stacked if self._total is None else self._total + stacked
+        self._steps.append(self._heard(stacked))
+
+    def scores_of(self, mass: Sequence[Tensor]) -> Tensor:
+        """Return (k,) mean mass of the heads listened to, for one step that is not recorded."""
+        return self._heard(torch.stack(list(mass)).float().cpu())
+
+    def _heard(self, stacked: Tensor) -> Tensor:
         if self.heads:
             layers, heads = zip(*self.heads, strict=True)
             stacked = stacked[list(layers), list(heads)]
-        self._steps.append(stacked.reshape(-1, self.chunks).mean(0))
+        return stacked.reshape(-1, self.chunks).mean(0)
 
     def steps(self) -> Tensor:
         """Return (tokens, k) mean mass on each candidate at each generated token."""

@@ -95,6 +95,8 @@ class DecodeConfig(_Json):
         seed: makes sampling reproducible for this request alone.
         logprobs: how many alternatives to report per token; 0 reports none.
         chunks_per_batch: chunks run together in a step; ``None`` chooses from free memory.
+        reread: how many chunks, those with most attention, are also read whole in front of the local context; 0 is
+            the paper's method, in which the local rows see candidates alone.
     """
 
     max_tokens: int = 128
@@ -107,9 +109,11 @@ class DecodeConfig(_Json):
     seed: int | None = None
     logprobs: int = 0
     chunks_per_batch: int | None = None
+    reread: int = 0
 
     def __post_init__(self) -> None:
         _bounded("max_tokens", self.max_tokens, 1)
+        _bounded("reread", self.reread, 0)
         _bounded("temperature", self.temperature, 0.0)
         _bounded("top_p", self.top_p, 0.0, 1.0)
         _bounded("top_k", self.top_k, 0)
@@ -139,6 +143,9 @@ class TrainConfig(_Json):
         local_tokens: least and most tokens of a local context of the text objectives.
         max_candidate_rows: candidates of one example (k x targets), the bound on the gradient graph.
         questions_per_example: questions asked over one chunk pass.
+        question_chunk_sizes: drawn uniformly for the question objective; longer passages are cut around the answer.
+        hard_negatives: share of the other passages that are of the same title or share rare words with a question.
+        fill_chunks: probability that a question's own chunk is filled up with other passages.
     """
 
     steps: int = 1000
@@ -160,6 +167,9 @@ class TrainConfig(_Json):
     local_tokens: tuple[int, int] = (24, 64)
     max_candidate_rows: int = 512
     questions_per_example: int = 3
+    question_chunk_sizes: tuple[int, ...] = (48, 64, 96, 128)
+    hard_negatives: float = 0.3
+    fill_chunks: float = 0.0
 
     def __post_init__(self) -> None:
         _bounded("steps", self.steps, 1)
@@ -170,8 +180,12 @@ class TrainConfig(_Json):
         _one_of("positions", self.positions, Positions)
         if self.learning_rate <= 0:
             raise ConfigError(f"learning_rate must be above 0; got {self.learning_rate}")
-        if not self.chunk_sizes or min(self.chunk_sizes) < 1:
-            raise ConfigError(f"chunk_sizes must hold positive numbers; got {self.chunk_sizes}")
+        _bounded("hard_negatives", self.hard_negatives, 0.0, 1.0)
+        _bounded("fill_chunks", self.fill_chunks, 0.0, 1.0)
+        for name in ("chunk_sizes", "question_chunk_sizes"):
+            sizes = getattr(self, name)
+            if not sizes or min(sizes) < 1:
+                raise ConfigError(f"{name} must hold positive numbers; got {sizes}")
         if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
             raise ConfigError(f"mix must hold weights of at least 0 with a positive sum; got {self.mix}")
         if self.local_tokens[0] < 4 or self.local_tokens[1] < self.local_tokens[0]:

@@ -45,12 +45,14 @@ class Usage:
         memory: of all chunks read.
         generated: of the answer, its end token included.
         chunks: k.
+        reread: of the chunks read whole besides (``DecodeConfig.reread``).
     """
 
     local: int
     memory: int
     generated: int
     chunks: int
+    reread: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class AnswerStream:
             memory=sum(len(chunk.ids) for chunk in state.chunks),
             generated=len(generation.generated),
             chunks=len(state.chunks),
+            reread=generation.reading.reread_tokens,
         )
         return Answer(
             text="".join(token.text for token in self._tokens).strip(),
@@ -350,17 +353,8 @@ class FocusEngine:
                 f"the question has {len(local)} tokens and {decode.max_tokens} are to be generated, but the window has "
                 f"{self.config.window}; shorten the question, put long text into memory, or lower max_tokens"
             )
-        reading = Reading(
-            self.base,
-            self.adapter,
-            self.config,
-            state,
-            self.sink,
-            max_tokens=decode.max_tokens,
-            chunks_per_batch=decode.chunks_per_batch,
-        )
         generation = Generation(
-            reading,
+            self.reading(state, max_tokens=decode.max_tokens, chunks_per_batch=decode.chunks_per_batch),
             self.tokenizer,
             decode,
             self.end_tokens,
@@ -368,6 +362,18 @@ class FocusEngine:
             cancelled or threading.Event(),
         )
         return AnswerStream(generation, local, state)
+
+    def reading(self, state: MemoryState, *, max_tokens: int, chunks_per_batch: int | None = None) -> Reading:
+        """Return a :class:`Reading` of a memory's state: logits instead of text, for tests and measurements."""
+        return Reading(
+            self.base,
+            self.adapter,
+            self.config,
+            state,
+            self.sink,
+            max_tokens=max_tokens,
+            chunks_per_batch=chunks_per_batch,
+        )
 
     def local_ids(self, text: str, template: Template = "question") -> list[int]:
         """Return the token ids that the local row is made of."""

@@ -82,10 +82,14 @@ class Generation:
         sampler = _Sampler(self.decode, self.reading.base.device)
         try:
             logits = self.reading.begin(local)
+            mass = self.reading.mass
+            if self.decode.reread and mass:
+                closer = self.reading.reread(self._best_chunks(mass), self.tokenizer.encode("\n\n"))
+                logits = logits if closer is None else closer
             while True:
                 token, logprob, top = sampler.draw(self.reading.ids, logits)
-                if self.reading.mass:
-                    self.record.add(self.reading.mass)
+                if mass:
+                    self.record.add(mass)
                 self.generated.append(token)
                 ended = token in self.end_tokens
                 piece = "" if ended else text.push(token)
@@ -98,8 +102,14 @@ class Generation:
                     return
                 yield Token(token, piece, logprob, top)
                 logits = self.reading.step(token)
+                mass = self.reading.mass
         except CancelledError:
             self.finish_reason = "cancelled"
+
+    def _best_chunks(self, mass: Sequence[Tensor]) -> list[int]:
+        """Return the chunks to read in full, most attention first."""
+        best: list[int] = self.record.scores_of(mass).argsort(descending=True)[: self.decode.reread].tolist()
+        return best
 
     def _check(self) -> None:
         if self.cancelled.is_set():

@@ -54,8 +54,10 @@ class Reading:
         self.max_tokens, self.chunks_per_batch = max_tokens, chunks_per_batch
         self.check = check
         self.ids: list[int] = []
+        self.local: list[int] = []
         self.mass: list[Tensor] = []
         self.prompt_tokens = 0
+        self.reread_tokens = 0
         self._groups: list[ChunkRows] = []
         self._cache: LocalCache | None = None
 
@@ -83,7 +85,7 @@ class Reading:
         size = self.chunks_per_batch or self._fitting_batch()
         while True:
             try:
-                self.ids = list(ids)
+                self.ids, self.local = list(ids), list(ids)
                 self._groups = self._make_groups(size)
                 ordinary = torch.tensor(ids[len(ids) - 1 - self.prompt_tokens : -1], dtype=torch.long)
                 return self._sweep(ordinary, [*head, *ids], [[group] for group in self._groups])
@@ -101,12 +103,43 @@ class Reading:
         """Append a generated token, renew every candidate, and return the next (vocabulary,) logits (step 5)."""
         previous = torch.tensor([self.ids[-1]])
         self.ids.append(token)
-        each = self.chunks_per_batch is not None
-        calls = [[group] for group in self._groups] if each else [self._groups] if self._groups else []
-        local = [token] if self.focus.local_mode == "incremental" else [*sink_before(self.ids, self.sink), *self.ids]
-        return self._sweep(previous, local, calls)
+        self.local.append(token)
+        whole = [*sink_before(self.local, self.sink), *self.local]
+        return self._sweep(previous, [token] if self.focus.local_mode == "incremental" else whole, self._calls())
 
-    # -- inside -------------------------------------------------------------------------------------------------
+    def reread(self, chunks: Sequence[int], separator: Sequence[int] = ()) -> Tensor | None:
+        """Put whole chunks in front of the local context and read it again, with the same candidates.
+
+        The local rows then attend to these chunks token by token and to all k candidates as before. Call it after
+        :meth:`begin` and before any :meth:`step`; the chunks keep the dynamic prompt they have.
+
+        Args:
+            chunks: numbers of chunks, best first; those that the window has no room for are left out.
+            separator: token ids put behind each.
+
+        Returns:
+            (vocabulary,) float32 logits of the next token, or ``None`` if not one of them fits.
+        """
+        positions = self.base.window - local_start(self.chunks, self.focus.positions)
+        room = min(self.focus.window, positions) - 1 - len(self.ids) - self.max_tokens
+        kept = []
+        for index in chunks:
+            room -= len(self.state.chunks[index].ids) + len(separator)
+            if room < 0:
+                break
+            kept.append(index)
+        if not kept:
+            return None
+        passages = [token for index in sorted(kept) for token in (*self.state.chunks[index].ids, *separator)]
+        self.reread_tokens = len(passages)
+        self.local, self._cache = [*passages, *self.ids], None
+        rows = [*sink_before(self.local, self.sink), *self.local]
+        return self._sweep(torch.empty(0, dtype=torch.long), rows, self._calls())
+
+    def _calls(self) -> list[list[ChunkRows]]:
+        if self.chunks_per_batch is not None:
+            return [[group] for group in self._groups]
+        return [self._groups] if self._groups else []
 
     def _sweep(self, ordinary: Tensor, local_ids: list[int], calls: list[list[ChunkRows]]) -> Tensor:
         candidate = torch.tensor([self.ids[-1]])

@@ -18,9 +18,15 @@ class Oracle:
     def __init__(self, model, weights: dict[str, Tensor], positions: str, sink: int | None) -> None:
         self.model, self.weights, self.positions, self.sink = model, weights, positions, sink
 
-    def logits(self, chunks: list[list[int]], local: list[int], given: int, mode: str) -> Tensor:
-        """Return the logits after ``local[:given]``, then after each later token, teacher-forced."""
-        head = [] if self.sink is None or local[0] == self.sink else [self.sink]
+    def logits(
+        self, chunks: list[list[int]], local: list[int], given: int, mode: str, front: list[int] | None = None
+    ) -> Tensor:
+        """Return the logits after ``local[:given]``, then after each later token, teacher-forced.
+
+        ``front`` stands in front of the local tokens in the local row alone; the chunks never see it.
+        """
+        head = [] if self.sink is None or (front or local)[0] == self.sink else [self.sink]
+        head = head + (front or [])
         kept: list[tuple[Tensor, Tensor]] | None = None
         out = []
         for end in range(given, len(local) + 1):

@@ -119,6 +119,24 @@ def test_scores_belong_to_their_documents_in_any_order(make_engine):
     assert len({round(item.score, 4) for item in first.evidence}) == 3
 
 
+def test_rereading_takes_the_chunk_with_most_attention(make_engine):
+    """The first token's logprob == that of a reading that puts the best-scored chunk in front by hand."""
+    engine = make_engine("llama", heads=((1, 2),))
+    memory = engine.remember(["the cat sat on the mat. " * 3, "a dog ate the hat? " * 2, "hat mat cat dog"])
+    plain = engine.answer("who ate the hat?", memory, max_tokens=1)
+    closer = engine.answer("who ate the hat?", memory, max_tokens=1, reread=1)
+    best = int(plain.attention[0].argmax())
+    separator = engine.tokenizer.encode("\n\n")
+    reading = engine.reading(memory.state, max_tokens=1)
+    reading.begin(engine.local_ids("who ate the hat?"))
+    logits = reading.reread([best], separator)
+    assert closer.tokens[0].id == int(logits.argmax())
+    assert closer.tokens[0].logprob == pytest.approx(float(logits.log_softmax(-1).max()))
+    assert closer.tokens[0].logprob != plain.tokens[0].logprob
+    assert closer.usage.reread == len(memory.chunks[best].ids) + len(separator)
+    assert closer.passages == plain.passages  # what was attended to before rereading
+
+
 def test_packing_shares_chunks_and_removal_reads_the_rest_again(make_engine):
     """Packed documents need fewer chunks; removing one of a shared chunk keeps the others answerable."""
     engine = make_engine()

@@ -14,7 +14,6 @@ from focus_core.families import FAMILIES, BaseDecoder
 from focus_core.kv import Suffix, move_keys, rotation
 from focus_core.memory import Memory
 from focus_core.parallel import encode_chunks
-from focus_core.reading import Reading
 from focus_core.training.objectives import Example, Query, Task, dense_logits, encode_example
 from tests.conftest import perturb, tiny_model
 from tests.oracle import Oracle
@@ -98,12 +97,8 @@ def test_3_engine_equals_the_oracle(family, mode, sink, make_engine):
         )
         memory = _memory_of(engine, CHUNKS)
         for size in (None, 1, 2):
-            reading = Reading(
-                engine.base,
-                engine.adapter,
-                engine.config,
+            reading = engine.reading(
                 memory.state,
-                engine.sink,
                 max_tokens=len(LOCAL),
                 chunks_per_batch=size,
             )
@@ -112,6 +107,44 @@ def test_3_engine_equals_the_oracle(family, mode, sink, make_engine):
             # logits leave the engine in float32
             torch.testing.assert_close(torch.stack(found).double(), expected, atol=2e-6, rtol=1e-5)
         engine.close()
+
+
+@pytest.mark.parametrize("mode", ["incremental", "exact"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
+def test_3_rereading_equals_the_oracle(family, mode, make_engine):
+    """Logits with two chunks read whole besides == the oracle's with those tokens in front of the local row alone."""
+    positions = positions_of(family)[0]
+    model, _, adapter = build(family)
+    weights = {
+        name.removesuffix(".base_layer"): module.weight.data.clone()
+        for name, module in model.named_modules()
+        if isinstance(module, CandidateLinear)
+    }
+    adapter.detach()
+    given, separator = 4, [9]
+    front = [*CHUNKS[0], *separator, *CHUNKS[2], *separator]
+    expected = Oracle(model, weights, positions, 0).logits(CHUNKS, LOCAL, given, mode, front)
+    engine = make_engine(family, model=model, dtype=torch.float64, positions=positions, local_mode=mode)
+    reading = engine.reading(_memory_of(engine, CHUNKS).state, max_tokens=len(LOCAL))
+    reading.begin(LOCAL[:given])
+    found = [reading.reread([2, 0], separator)]
+    found += [reading.step(token) for token in LOCAL[given:]]
+    torch.testing.assert_close(torch.stack(found).double(), expected, atol=2e-6, rtol=1e-5)
+    assert reading.reread_tokens == len(front)
+
+
+def test_3_rereading_leaves_out_what_the_window_has_no_room_for(make_engine):
+    """The best chunk that fits is read, a worse one behind a full window is not; no room at all changes nothing."""
+    engine = make_engine("llama", window=40, chunk_size=20, prompt_length=8)
+    state = _memory_of(engine, [[10] * 18, [11] * 18, [12] * 3]).state
+    reading = engine.reading(state, max_tokens=4)
+    reading.begin(LOCAL)
+    assert reading.reread([0, 1, 2]) is not None
+    assert reading.reread_tokens == 18
+    full = engine.reading(state, max_tokens=15)
+    full.begin(LOCAL)
+    assert full.reread([0]) is None
+    assert full.local == LOCAL
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,7 +189,7 @@ def test_5_training_scores_what_decoding_says(family, make_engine):
         dense, dense_other = dense_logits(engine.base, engine.adapter, tasks, engine.sink, positions)
         memory = _memory_of(engine, CHUNKS)
         for item, expected in ((query, dense), (other, dense_other)):
-            reading = Reading(engine.base, engine.adapter, engine.config, memory.state, engine.sink, max_tokens=8)
+            reading = engine.reading(memory.state, max_tokens=8)
             found = [reading.begin(list(item.ids[: item.split]))]
             found += [reading.step(token) for token in item.ids[item.split : -1]]
             torch.testing.assert_close(torch.stack(found), expected.detach(), atol=2e-5, rtol=1e-4)
@@ -271,7 +304,7 @@ def test_no_step_copies_chunk_kv(make_engine, monkeypatch):
     engine = make_engine()
     memory = engine.remember(DOCUMENTS)
     storages = {slab.batch.data.untyped_storage().data_ptr() for slab in memory.state.slabs}
-    reading = Reading(engine.base, engine.adapter, engine.config, memory.state, engine.sink, max_tokens=4)
+    reading = engine.reading(memory.state, max_tokens=4)
     reading.begin([20, 21, 22])
     seen: list[int] = []
     original = parallel.attend
@@ -317,7 +350,7 @@ def _memory_of(engine, chunks) -> Memory:
 
 
 def _first_logits(engine, memory):
-    reading = Reading(engine.base, engine.adapter, engine.config, memory.state, engine.sink, max_tokens=4)
+    reading = engine.reading(memory.state, max_tokens=4)
     return reading.begin(engine.local_ids("who ate the hat?"))
 
 
@@ -325,5 +358,6 @@ def _failing(engine, memory):
     def boom():
         raise RuntimeError("boom")
 
-    reading = Reading(engine.base, engine.adapter, engine.config, memory.state, engine.sink, max_tokens=4, check=boom)
+    reading = engine.reading(memory.state, max_tokens=4)
+    reading.check = boom
     reading.begin([20, 21])

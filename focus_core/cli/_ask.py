@@ -20,6 +20,7 @@ from focus_core.cli._shared import (
     MaxTokens,
     MemoryFolder,
     Paths,
+    Reread,
     Seed,
     Temperature,
     app,
@@ -47,6 +48,7 @@ def ask(
     chunks_per_batch: Annotated[
         int | None, typer.Option(help="Chunks run together. [default: from free memory]")
     ] = None,
+    reread: Reread = 0,
     sources: Annotated[int, typer.Option(help="How many sources to show.")] = 5,
     heatmap: Annotated[Path | None, typer.Option(help="Draw the attention on every chunk to this image.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -64,6 +66,7 @@ def ask(
         seed=seed,
         stop=stop or (),
         chunks_per_batch=chunks_per_batch,
+        reread=reread,
     )
     started = time.monotonic()
     with stream:
@@ -114,6 +117,7 @@ def chat(
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
     seed: Seed = None,
+    reread: Reread = 0,
 ) -> None:
     """Talk about files and folders; an empty line or Ctrl-D ends it, Ctrl-C stops an answer."""
     engine = open_engine(base, adapter, chunk_size, device)
@@ -132,7 +136,8 @@ def chat(
         while len(local) + max_tokens + 1 > engine.config.window and len(turns) > 1:
             turns = turns[2:]  # the oldest exchange is forgotten first
             local = engine.tokenizer.render(turns, engine.info.system)
-        with engine.stream_ids(local, held, max_tokens=max_tokens, temperature=temperature, seed=seed) as stream:
+        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "reread": reread}
+        with engine.stream_ids(local, held, **options) as stream:
             try:
                 for piece in stream:
                     print(piece, end="", flush=True)
