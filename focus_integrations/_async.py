@@ -1,7 +1,7 @@
 """Run the engine's blocking work beside an event loop, and stop it when the caller goes away.
 
-A request gets a thread of its own and an event; cancelling the awaiting task, or closing the asynchronous iterator, sets
-the event, and whatever runs is expected to look at it. No framework is imported here, and no result is kept.
+A request gets a thread of its own and an event; cancelling the awaiting task, or closing the asynchronous iterator,
+sets the event, and whatever runs is expected to look at it. No framework is imported here, and no result is kept.
 """
 
 from __future__ import annotations
