@@ -24,7 +24,7 @@ from focus_core.errors import ConfigError, EmptyCorpusError, OutOfMemoryError, S
 from focus_core.families import BaseDecoder
 from focus_core.kv import ChunkBatch
 from focus_core.parallel import Check, encode_chunks
-from focus_core.store import FORMAT, Store, chunk_key, dtype_name, write_atomically
+from focus_core.store import FORMAT, ChunkStore, Store, chunk_key, dtype_name, write_atomically
 from focus_core.tokenization import TextTokenizer
 
 Progress = Callable[[int, int], None]
@@ -124,10 +124,12 @@ class Memory:
 
     Args:
         encoder: of the engine that made it.
-        store: where chunk KV is kept on disk while it is computed; ``None`` keeps it in memory only.
+        store: where chunk KV is kept (on disk, or in a cache) while it is computed; ``None`` keeps it in memory only.
     """
 
-    def __init__(self, encoder: ChunkEncoder, store: Store | None = None, state: MemoryState | None = None) -> None:
+    def __init__(
+        self, encoder: ChunkEncoder, store: ChunkStore | None = None, state: MemoryState | None = None
+    ) -> None:
         self.encoder, self.store = encoder, store
         self._state = state or MemoryState({}, (), ())
         self._lock = threading.Lock()

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +31,18 @@ def chunk_key(facts: dict[str, Any], ids: Iterable[int]) -> str:
     """Return the address of a chunk: sha256 of ``facts`` (weights, dtype, sink, RoPE) and its row's token ids."""
     head = json.dumps({"format": FORMAT, **facts}, sort_keys=True).encode()
     return hashlib.sha256(head + b"\0" + b",".join(str(token).encode() for token in ids)).hexdigest()
+
+
+class ChunkStore(Protocol):
+    """What a memory asks of a place that keeps chunk KV: :class:`Store` on disk, or a cache in memory."""
+
+    def __contains__(self, key: str) -> bool: ...
+
+    def get(self, key: str) -> Tensor:
+        """Return one chunk's (layers, 2, kv_heads, length, head_dim)."""
+
+    def put(self, key: str, chunk: Tensor) -> bool:
+        """Keep one chunk's KV; return whether it was new."""
 
 
 class Store:
