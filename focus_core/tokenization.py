@@ -142,9 +142,13 @@ class TextTokenizer:
             if not places:
                 break
             at, mark = min(places)
-            ids += self._special(text[:at]) + self.encode(contents[marks.index(mark) if mark != marks[-1] else -1])
+            ids += self.encode_markup(text[:at]) + self.encode(contents[marks.index(mark) if mark != marks[-1] else -1])
             text = text[at + len(mark) :]
-        return ids + self._special(text)
+        return ids + self.encode_markup(text)
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Return the ids of text that a chat template wrote: special-token strings in it are special tokens."""
+        return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids) if text else []
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids, special tokens left out."""
@@ -152,9 +156,6 @@ class TextTokenizer:
 
     def _apply(self, turns: list[dict[str, str]]) -> str:
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
-    def _special(self, text: str) -> list[int]:
-        return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids) if text else []
 
 
 _ABSENT = -1  # stands for single bytes that a vocabulary lacks; such text goes to the model's own tokenizer
