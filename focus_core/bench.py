@@ -5,17 +5,51 @@ Timings on shared machines drift; a ratio of interleaved medians does not. Nothi
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from focus_core.corpus import Document
 from focus_core.engine import FocusEngine
+from focus_core.errors import ConfigError
 from focus_core.memory import Memory
 from focus_core.parallel import encode_chunks
 from focus_core.reading import Reading
+
+_QUESTION = "What is the pass key?"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One comparison.
+
+    Args:
+        measure: what was timed.
+        first: our side, with its number.
+        second: the other side, with its number.
+        ratio: how many times faster ours was.
+    """
+
+    measure: str
+    first: str
+    second: str
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes of a benchmark."""
+
+    chunks: int
+    chunk_size: int
+    steps: int
+
+
+Measure = Callable[[FocusEngine, Setting], Line]
 
 
 def measure_prefill(engine: FocusEngine, chunk_size: int, repeats: int = 2) -> float:
@@ -26,67 +60,127 @@ def measure_prefill(engine: FocusEngine, chunk_size: int, repeats: int = 2) -> f
     return len(rows) * chunk_size / min(times)
 
 
-def run_bench(engine: FocusEngine, chunks: int, chunk_size: int, steps: int) -> list[tuple[str, str, str, str]]:
-    """Time the chunk pass against transformers' forward, and a batched step against one chunk at a time."""
-    return [_prefill(engine, chunk_size), _step(engine, chunks, chunk_size, steps)]
+def run_bench(
+    engine: FocusEngine, chunks: int, chunk_size: int, steps: int, measures: Sequence[str] | None = None
+) -> Iterator[Line]:
+    """Yield each comparison as soon as it is measured.
+
+    Args:
+        engine: model under test.
+        chunks: k of the decoding step and of the injection.
+        chunk_size: tokens of a chunk.
+        steps: decoding steps to time.
+        measures: from :func:`choose_measures`; ``None`` for all.
+    """
+    for name in choose_measures(measures):
+        yield MEASURES[name](engine, Setting(chunks, chunk_size, steps))
 
 
-def _prefill(engine: FocusEngine, chunk_size: int) -> tuple[str, str, str, str]:
-    count = max(1, 2048 // chunk_size)
-    ids = torch.randint(10, 200, (count, chunk_size), device=engine.base.device)
+def choose_measures(names: Sequence[str] | None) -> list[str]:
+    """Return the measures to run, in the order of :data:`MEASURES`.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    unknown = [name for name in names or () if name not in MEASURES]
+    if unknown:
+        raise ConfigError(f"unknown measure {unknown[0]!r}; choose from {', '.join(MEASURES)}")
+    return [name for name in MEASURES if names is None or name in names]
+
+
+def _tokenizer(engine: FocusEngine, setting: Setting) -> Line:
+    """Ours against the model's own tokenizer, both with character offsets."""
+    words = random.Random(0).choices(engine.tokenizer.decode(list(range(1000, 3000))).split(), k=20_000)
+    text = " ".join(words)
+    own = engine.loaded.tokenizer
+
+    def theirs() -> None:
+        own(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+
+    first, second = _interleaved(lambda: engine.tokenizer.encode_with_offsets(text), theirs, 3)
+    tokens = engine.count_tokens(text)
+    path = "tiktoken path" if engine.tokenizer.is_fast else "plain path"
+    return Line(
+        f"tokenizer with offsets, {tokens:,} tokens",
+        f"focusllm ({path}) {tokens / first:,.0f} tokens/s",
+        f"the model's own {tokens / second:,.0f} tokens/s",
+        second / first,
+    )
+
+
+def _prefill(engine: FocusEngine, setting: Setting) -> Line:
+    count = max(1, 2048 // setting.chunk_size)
+    ids = torch.randint(10, 200, (count, setting.chunk_size), device=engine.base.device)
     body = engine.loaded.model.get_decoder()  # type: ignore[no-untyped-call]
 
     def theirs() -> None:
         with torch.no_grad():
             body(ids, use_cache=True)
 
-    def ours() -> None:
-        encode_chunks(engine.base, ids.tolist())
-
-    first, second = _interleaved(ours, theirs, 5)
-    tokens = count * chunk_size
-    return (
-        f"chunk pass, {count} rows of {chunk_size}",
+    first, second = _interleaved(lambda: encode_chunks(engine.base, ids.tolist()), theirs, 5)
+    tokens = count * setting.chunk_size
+    return Line(
+        f"chunk pass, {count} rows of {setting.chunk_size}",
         f"focusllm {tokens / first:,.0f} tokens/s",
         f"transformers {tokens / second:,.0f} tokens/s",
-        f"{second / first:.2f}",
+        second / first,
     )
 
 
-def _step(engine: FocusEngine, chunks: int, chunk_size: int, steps: int) -> tuple[str, str, str, str]:
-    memory = _filled(engine, chunks, chunk_size)
-    question = engine.local_ids("What is the pass key?")
-    readings = []
-    for size in (None, 1):
-        reading = Reading(
-            engine.base,
-            engine.adapter,
-            engine.config,
-            memory.state,
-            engine.sink,
-            max_tokens=4 * steps + 8,
-            chunks_per_batch=size,
-        )
-        reading.begin(question)
-        readings.append(reading)
-    batched, single = _interleaved(lambda: readings[0].step(30), lambda: readings[1].step(30), steps)
-    return (
-        f"decoding step over {len(memory)} chunks of {chunk_size}",
+def _injection(engine: FocusEngine, setting: Setting) -> Line:
+    """Putting the question behind every chunk: what a question costs before its first token."""
+    memory = _filled(engine, setting)
+    question = engine.local_ids(_QUESTION)
+
+    def begin(size: int | None) -> None:
+        _reading(engine, memory, 1, size).begin(question)
+
+    batched, single = _interleaved(lambda: begin(None), lambda: begin(1), max(1, setting.steps // 4))
+    return Line(
+        f"injection of {len(question)} tokens behind {len(memory)} chunks of {setting.chunk_size}",
         f"one batch {batched * 1e3:,.0f} ms",
         f"one chunk at a time {single * 1e3:,.0f} ms",
-        f"{single / batched:.2f}",
+        single / batched,
     )
 
 
-def _filled(engine: FocusEngine, chunks: int, chunk_size: int) -> Memory:
-    """Return a memory of ``chunks`` different chunks of exactly ``chunk_size`` tokens."""
+def _step(engine: FocusEngine, setting: Setting) -> Line:
+    memory = _filled(engine, setting)
+    question = engine.local_ids(_QUESTION)
+    readings = [_reading(engine, memory, 4 * setting.steps + 8, size) for size in (None, 1)]
+    for reading in readings:
+        reading.begin(question)
+    batched, single = _interleaved(lambda: readings[0].step(30), lambda: readings[1].step(30), setting.steps)
+    return Line(
+        f"decoding step over {len(memory)} chunks of {setting.chunk_size}",
+        f"one batch {batched * 1e3:,.0f} ms",
+        f"one chunk at a time {single * 1e3:,.0f} ms",
+        single / batched,
+    )
+
+
+MEASURES: dict[str, Measure] = {
+    "tokenizer": _tokenizer,
+    "prefill": _prefill,
+    "injection": _injection,
+    "step": _step,
+}
+
+
+def _reading(engine: FocusEngine, memory: Memory, max_tokens: int, size: int | None) -> Reading:
+    return engine.reading(memory.state, max_tokens=max_tokens, chunks_per_batch=size)
+
+
+def _filled(engine: FocusEngine, setting: Setting) -> Memory:
+    """Return a memory of different chunks of exactly ``chunk_size`` tokens."""
+    size = setting.chunk_size
     generator = torch.Generator().manual_seed(0)
-    words = engine.tokenizer.decode(torch.randint(1000, 9000, (2 * chunk_size,), generator=generator).tolist())
+    words = engine.tokenizer.decode(torch.randint(1000, 9000, (2 * size,), generator=generator).tolist())
     documents = []
-    for index in range(chunks):
-        ids = engine.tokenizer.encode(f"{index} {words}")[:chunk_size]
+    for index in range(setting.chunks):
+        ids = engine.tokenizer.encode(f"{index} {words}")[:size]
         documents.append(Document(str(index), engine.tokenizer.decode(ids)))
-    return engine.with_config(chunk_size=chunk_size + 8).remember(documents)
+    return engine.with_config(chunk_size=size + 8).remember(documents)
 
 
 def _interleaved(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from focus_core.engine import FocusEngine
-from focus_core.evaluation.tasks import Trial
+from focus_core.evaluation.trial import Trial
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,17 @@
-"""Score answers and bound rates: containment with SQuAD normalisation, Wilson intervals. Pure functions."""
+"""Score answers and bound rates: containment, exact match, F1 and recall with SQuAD normalisation, Wilson intervals.
+
+Pure functions of strings and counts.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 import string
+from collections import Counter
 from collections.abc import Iterable
+
+from focus_core.evaluation.trial import Wanted
 
 
 def normalize(text: str) -> str:
@@ -20,6 +26,48 @@ def contains_answer(text: str, answers: Iterable[str]) -> bool:
     return any(f" {normalize(answer)} " in said for answer in answers if normalize(answer))
 
 
+def exact_match(text: str, answers: Iterable[str]) -> bool:
+    """Whether ``text`` is one of ``answers`` after normalisation."""
+    said = normalize(text)
+    return any(normalize(answer) == said for answer in answers)
+
+
+def f1(text: str, answers: Iterable[str]) -> float:
+    """Return the best F1 of the words of ``text`` against one of ``answers``."""
+    return max((_f1(text, answer) for answer in answers), default=0.0)
+
+
+def answer_recall(text: str, answers: Iterable[str]) -> float:
+    """Return the largest share of the words of one of ``answers`` that ``text`` holds."""
+    return max((_shared(text, answer) / max(len(normalize(answer).split()), 1) for answer in answers), default=0.0)
+
+
+def score(text: str, answers: tuple[str, ...], wanted: Wanted) -> dict[str, float | bool]:
+    """Return ``right``, ``exact``, ``f1`` and ``recall`` of one answer.
+
+    Args:
+        text: what was said.
+        answers: accepted strings.
+        wanted: with ``any``, one of them is right and scores are the best one's; with ``all``, every one has to be
+            contained, ``recall`` is the share of them that is, and ``f1`` compares with all of them together.
+    """
+    if wanted == "all":
+        found = [contains_answer(text, [answer]) for answer in answers]
+        joined = [" ".join(answers)]
+        return {
+            "right": all(found),
+            "exact": exact_match(text, joined),
+            "f1": f1(text, joined),
+            "recall": sum(found) / max(len(found), 1),
+        }
+    return {
+        "right": contains_answer(text, answers),
+        "exact": exact_match(text, answers),
+        "f1": f1(text, answers),
+        "recall": answer_recall(text, answers),
+    }
+
+
 def wilson(right: int, trials: int) -> tuple[float, float]:
     """Return the 95% interval of a rate: 10 right of 10 only proves 0.72."""
     if trials == 0:
@@ -29,3 +77,12 @@ def wilson(right: int, trials: int) -> tuple[float, float]:
     spread = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
     return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
+def _f1(text: str, answer: str) -> float:
+    said, accepted, shared = normalize(text).split(), normalize(answer).split(), _shared(text, answer)
+    return 2 * shared / (len(said) + len(accepted)) if shared else 0.0
+
+
+def _shared(text: str, answer: str) -> int:
+    return sum((Counter(normalize(text).split()) & Counter(normalize(answer).split())).values())

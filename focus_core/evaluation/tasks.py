@@ -1,97 +1,120 @@
-"""Make evaluation examples: documents, a question, and the answers that count as right.
+"""Name every task that makes trials: what `focusllm eval TASK` can be asked for.
 
-Examples are functions of a seed. The passkey prompt is the one of Mohtashami and Jaggi (2024) that the paper's Fig. 1
-uses; the questions are Natural Questions in the lost-in-the-middle setting. Nothing is run here.
+A task turns :class:`TaskOptions` into trials; adding one is adding a row to :data:`TASKS`. Nothing is run here.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from focus_core.corpus import Document
-from focus_core.errors import DocumentNotFoundError
+from focus_core.errors import ConfigError
+from focus_core.evaluation.files import file_facts, read_long_text
+from focus_core.evaluation.needles import passkey
+from focus_core.evaluation.questions import multi_document
+from focus_core.evaluation.trial import Trial
 from focus_core.tokenization import TextTokenizer
 
-HEAD = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
-    "I will quiz you about the important information there."
-)
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-ASK = "What is the pass key? The pass key is"
+__all__ = ["TASKS", "Task", "TaskOptions", "Trial", "find_task", "multi_document", "passkey"]
+
+Varies = Literal["lengths", "documents", "nothing"]
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One question with known answers.
+class TaskOptions:
+    """What a task is made from.
 
     Args:
-        documents: what memory holds.
-        question: the local context.
-        answers: any of them, contained in the answer, is right.
-        gold: id of the document that holds the answer, if one document alone does.
-        raw: the question is text to continue, not a chat turn.
-        label: what the trial varies, such as its depth.
+        tokenizer: of the base.
+        trials: how many.
+        seed: of the examples.
+        tokens: of memory, for tasks that vary ``lengths``.
+        documents: in memory, for tasks that vary ``documents``.
+        chunk_size: most tokens of a chunk.
+        distractors: look-alikes of the wanted needle.
+        file: what the task reads.
+        filler: natural text to hide things in; ``None`` for the repeated sentences.
     """
 
-    documents: tuple[Document, ...]
-    question: str
-    answers: tuple[str, ...]
-    gold: str | None
-    raw: bool
-    label: str
+    tokenizer: TextTokenizer
+    trials: int
+    seed: int = 0
+    tokens: int = 4000
+    documents: int = 10
+    chunk_size: int = 512
+    distractors: int = 0
+    file: Path | None = None
+    filler: Path | None = None
+
+    @property
+    def needed_file(self) -> Path:
+        """``file``; raises :class:`ConfigError` where there is none."""
+        if self.file is None:
+            raise ConfigError("this task needs --file; see `focusllm eval --help`")
+        return self.file
+
+    def filler_text(self) -> str | None:
+        """Return the natural filler."""
+        return None if self.filler is None else read_long_text(self.filler)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the options as JSON, files by content; the number of trials is left out, so that it may grow."""
+        facts = {key: value for key, value in asdict(self).items() if key not in ("tokenizer", "trials")}
+        return {**facts, "file": file_facts(self.file), "filler": file_facts(self.filler)}
 
 
-def passkey(tokenizer: TextTokenizer, tokens: int, trials: int, seed: int = 0) -> Iterator[Trial]:
-    """Yield passkey trials of about ``tokens`` memory tokens; the key's depth walks through ten places."""
-    per_filler = len(tokenizer.encode(FILLER + "\n"))
-    for index in range(trials):
-        rng = random.Random(f"passkey/{seed}/{tokens}/{index}")
-        key = rng.randint(1, 50000)
-        needle = f"The pass key is {key}. Remember it. {key} is the pass key."
-        lines = max(2, (tokens - 60) // per_filler)
-        depth = (index % 10 + 0.5) / 10
-        before = round(lines * depth)
-        text = "\n".join([HEAD, *[FILLER] * before, needle, *[FILLER] * (lines - before)])
-        yield Trial((Document("haystack", text),), ASK, (str(key),), None, True, f"depth {depth:.2f}")
-
-
-def multi_document(path: Path, documents: int, trials: int, seed: int = 0, most_words: int = 120) -> Iterator[Trial]:
-    """Yield questions whose gold document stands among others' documents, at a random place.
+@dataclass(frozen=True)
+class Task:
+    """A kind of trial.
 
     Args:
-        path: JSON lines with ``question``, ``answers`` and ``ctxs`` (gold first), gzipped or not.
-        documents: how many documents memory holds; 1 is the gold document alone.
-        trials: how many questions.
-        seed: of the choice.
-        most_words: longer documents are left out.
+        name: as a user types it.
+        summary: one line for the help text.
+        make: yields trials.
+        max_tokens: of an answer.
+        varies: which option makes the rows of its table.
+    """
+
+    name: str
+    summary: str
+    make: Callable[[TaskOptions], Iterator[Trial]]
+    max_tokens: int
+    varies: Varies
+
+
+def _passkey(options: TaskOptions) -> Iterator[Trial]:
+    return passkey(
+        options.tokenizer,
+        options.tokens,
+        options.trials,
+        options.seed,
+        distractors=options.distractors,
+        filler=options.filler_text(),
+        chunk_size=options.chunk_size,
+    )
+
+
+def _questions(options: TaskOptions) -> Iterator[Trial]:
+    return multi_document(options.needed_file, options.documents, options.trials, options.seed)
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("passkey", "one number in a long text", _passkey, 8, "lengths"),
+        Task("questions", "a question among documents (--file: question, answers, ctxs)", _questions, 24, "documents"),
+    )
+}
+
+
+def find_task(name: str) -> Task:
+    """Return a task by name.
 
     Raises:
-        DocumentNotFoundError: no file at ``path``.
+        ConfigError: there is none.
     """
-    if not path.is_file():
-        raise DocumentNotFoundError(f"no question file at {str(path)!r}; check the path")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", newline="\n") as file:
-        rows = [json.loads(line) for line in file]
-    rows = [row for row in rows if len(row["ctxs"][0]["text"].split()) <= most_words]
-    random.Random(f"multi/{seed}").shuffle(rows)
-    for index, row in enumerate(rows[:trials]):
-        rng = random.Random(f"multi/{seed}/{index}")
-        answers = tuple(map(str, row["answers"]))
-        others = [
-            other
-            for other in rng.sample(rows, len(rows))
-            if other is not row and not any(answer.lower() in other["ctxs"][0]["text"].lower() for answer in answers)
-        ][: documents - 1]
-        gold = rng.randrange(documents)
-        chosen = [*others[:gold], row, *others[gold:]]
-        held = tuple(
-            Document(f"doc-{place}", f"{item['ctxs'][0]['title']}\n{item['ctxs'][0]['text']}")
-            for place, item in enumerate(chosen)
-        )
-        yield Trial(held, row["question"], answers, f"doc-{gold}", False, f"gold at {gold}")
+    if name not in TASKS:
+        raise ConfigError(f"unknown task {name!r}; choose {', '.join(TASKS)}")
+    return TASKS[name]

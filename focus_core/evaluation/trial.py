@@ -1,0 +1,62 @@
+"""Define one evaluation question: documents, the question, and what counts as right.
+
+Every task yields :class:`Trial` and every method answers one; neither knows the other. A trial runs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+from focus_core.corpus import Document
+
+Wanted = Literal["any", "all"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One question with known answers.
+
+    Args:
+        documents: what memory holds.
+        question: the local context.
+        answers: the accepted strings.
+        gold: id of the document that holds the answer, if one document alone does.
+        raw: the question is text to continue, not a chat turn.
+        label: what the trial varies, such as its depth.
+        wanted: ``any`` of the answers, contained in the text, is right; ``all`` of them have to be there.
+    """
+
+    documents: tuple[Document, ...]
+    question: str
+    answers: tuple[str, ...]
+    gold: str | None
+    raw: bool
+    label: str
+    wanted: Wanted = "any"
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of everything a method sees: equal trials have equal ones."""
+        digest = hashlib.sha256(f"{self.raw}\0{self.question}\0{self.answers}".encode())
+        for document in self.documents:
+            digest.update(f"\0{document.id}\0{document.text}".encode())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a method said.
+
+    Args:
+        text: the answer.
+        chunks: k, candidates in front of the local rows; 0 for methods without.
+        local: tokens of the local context that the answer was read from.
+        ranking: document ids, best first, where the method ranks them.
+    """
+
+    text: str
+    chunks: int = 0
+    local: int = 0
+    ranking: tuple[str, ...] | None = None
