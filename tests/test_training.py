@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from focus_core.candidate import CandidateAdapter
-from focus_core.config import TrainConfig
+from focus_core.config import FocusConfig, TrainConfig
 from focus_core.errors import AdapterError, ConfigError, DocumentNotFoundError, EmptyCorpusError
 from focus_core.families import FAMILIES, BaseDecoder
+from focus_core.hub import AdapterInfo, LoadedBase, fingerprint, load_adapter, save_adapter
 from focus_core.tokenization import TextTokenizer
-from focus_core.training.data import ExampleStream, invent_facts, read_training_texts
+from focus_core.training.data import ExampleStream, read_training_texts
+from focus_core.training.export import export_adapter
+from focus_core.training.heldout import measure_loss
 from focus_core.training.loop import learning_rate, train
 from focus_core.training.objectives import Query
 from tests.conftest import tiny_model
@@ -106,6 +109,31 @@ def test_a_stopped_run_resumes_exactly(data, tmp_path, tokenizer):
         _run("llama", data, tmp_path / "b", tokenizer, steps=7)
 
 
+def test_export_writes_the_compact_form_and_its_loss(data, tmp_path, tokenizer):
+    """The compact adapter is smaller and loads; both losses are those of the weights measured by hand."""
+    model, adapter, _ = _run("llama", data, tmp_path / "run", tokenizer, learning_rate=1e-2)
+    state = adapter.state_dict()
+    adapter.detach()
+    loaded = LoadedBase(model, tokenizer, "tiny", fingerprint(model))
+    config = TrainConfig(**SMALL)
+    stream = ExampleStream(read_training_texts([data]), TextTokenizer(tokenizer), config)
+    examples = [stream.fixed(index) for index in range(4)]
+    with CandidateAdapter(BaseDecoder(model), torch.float32) as attached:
+        attached.load_state_dict(state)
+        save_adapter(tmp_path / "whole", attached, AdapterInfo("tiny", loaded.fingerprint, FocusConfig()))
+        expected = measure_loss(attached.base, attached, examples, 0, "shared")
+    done = export_adapter(loaded, tmp_path / "whole", tmp_path / "compact", examples)
+    assert done.nbytes < 0.5 * (tmp_path / "whole" / "adapter.safetensors").stat().st_size
+    assert done.before == expected
+    with CandidateAdapter(BaseDecoder(model), torch.float32) as attached:
+        load_adapter(tmp_path / "compact", attached, loaded)
+        assert measure_loss(attached.base, attached, examples, 0, "shared") == done.after
+        assert not torch.equal(attached.state_dict()["layers.0.k_proj.weight"], state["layers.0.k_proj.weight"])
+    assert abs(done.after.loss - done.before.loss) < 0.05
+    assert json.loads((tmp_path / "compact" / "export.json").read_text())["after"]["loss"] == done.after.loss
+    assert done.after.queries == sum(len(example.queries) for example in examples)
+
+
 def test_the_stream_is_a_function_of_its_seed(data, tokenizer):
     """Example (step, index) is the same whatever was drawn before; kinds follow the mix; sizes keep their bounds."""
     texts, own = read_training_texts([data]), TextTokenizer(tokenizer)
@@ -126,15 +154,6 @@ def test_the_stream_is_a_function_of_its_seed(data, tokenizer):
     memory = [token for chunk in example.chunks for token in chunk]
     span = list(example.queries[0].ids)
     assert any(memory[at : at + len(span)] == span for at in range(len(memory)))
-
-
-def test_facts_look_alike_but_differ():
-    """Each invented fact has a subject of its own and states its value."""
-    import random
-
-    facts = invent_facts(random.Random(3), 8)
-    assert len({fact.question for fact in facts}) == 8
-    assert all(fact.value in fact.statement for fact in facts)
 
 
 def test_rates_warm_up_and_fall():

@@ -1,4 +1,4 @@
-"""Commands that train: train."""
+"""Commands that train: train, export-adapter."""
 
 from __future__ import annotations
 
@@ -59,6 +59,39 @@ def train(
             stop=partial(_is_past, end),
         )
     note.print(f"adapter in {folder}; use it with --adapter {folder}")
+
+
+@app.command(name="export-adapter")
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder that training wrote.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the compact adapter.")],
+    base: Base = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Texts not trained on, to measure the loss with.")] = None,
+    examples: Annotated[int, typer.Option(help="Examples drawn from --data.")] = 64,
+    config: Annotated[Path | None, typer.Option(help="JSON file with TrainConfig settings of the examples.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the examples.")] = None,
+    device: Device = None,
+) -> None:
+    """Write an adapter as int8 differences from its base, a quarter of the size, and compare the losses."""
+    from focus_core.config import TrainConfig
+    from focus_core.hub import load_base
+    from focus_core.tokenization import TextTokenizer
+    from focus_core.training.data import ExampleStream, read_training_texts
+    from focus_core.training.export import export_adapter
+
+    loaded = load_base(base, device=device, notice=note.print)
+    drawn = []
+    if data:
+        values = (json.loads(config.read_text()) if config else {}) | ({} if seed is None else {"seed": seed})
+        settings = TrainConfig.from_dict(values)
+        stream = ExampleStream(read_training_texts(data), TextTokenizer(loaded.tokenizer), settings)
+        drawn = [stream.fixed(index) for index in range(examples)]
+    done = export_adapter(loaded, adapter, output, drawn)
+    note.print(f"{done.nbytes / 2**20:.1f} MiB in {done.folder}")
+    for name, loss in (("as trained", done.before), ("compact", done.after)):
+        if loss is not None:
+            kinds = "  ".join(f"{kind} {value:.4f}" for kind, value in loss.by_kind.items())
+            note.print(f"{name:<11} loss {loss.loss:.4f} over {loss.queries} questions  ({kinds})")
 
 
 def _is_past(moment: float) -> bool:

@@ -1,25 +1,32 @@
-"""Draw training examples from text files, reproducibly: example i of step n depends on the seed alone.
+"""Draw training examples from texts, reproducibly: example i of step n depends on the seed alone.
 
-Files may be plain text or JSON lines, gzipped or not. Rows with ``text`` feed the text objectives; rows with a
-``question``, its ``answers`` and a ``context`` (or ``ctxs``) feed the question objective. Facts for the needle
-objective are invented here. The module runs no model; it hands out :class:`~focus_core.training.objectives.Example`.
+Text objectives cut memory and local context from long texts, the question objective puts a question's own passage among
+others, some of them alike, and the needle objective hides invented facts. Sizes follow the settings of the step. The
+module reads no file and runs no model; it hands out :class:`~focus_core.training.objectives.Example`.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Protocol
 
 from focus_core.config import TrainConfig
-from focus_core.errors import DocumentNotFoundError, EmptyCorpusError
+from focus_core.errors import EmptyCorpusError
+from focus_core.training.facts import Fact, invent_facts
+from focus_core.training.nearby import PassageIndex
 from focus_core.training.objectives import Example, Query
+from focus_core.training.texts import QuestionRow, TrainingTexts, read_training_texts
+
+__all__ = ["SHORT_ANSWER", "SYSTEM", "ExampleStream", "invent_facts", "read_training_texts"]
+
+SHORT_ANSWER = "Answer with a short phrase."
+SYSTEM = "Use the documents."
+_SHORT = 0.8  # share of chat questions that ask for a short phrase, as the adapter's template does
+_NEAREST = 8  # hard negatives looked up for one question, of each kind
 
 
 class Tokenizer(Protocol):
@@ -33,94 +40,65 @@ class Tokenizer(Protocol):
     def end_token(self) -> int: ...
 
 
-@dataclass(frozen=True)
-class QuestionRow:
-    """A question, its answer and the passage that holds it."""
-
-    question: str
-    answers: tuple[str, ...]
-    title: str
-    context: str
-
-
-@dataclass(frozen=True)
-class TrainingTexts:
-    """What the files hold: long texts and question rows."""
-
-    texts: tuple[str, ...]
-    questions: tuple[QuestionRow, ...]
-
-
-def read_training_texts(paths: Iterable[Path]) -> TrainingTexts:
-    """Read files and folders (recursively).
-
-    Raises:
-        DocumentNotFoundError: a path does not exist.
-        EmptyCorpusError: nothing usable was found.
-    """
-    texts: list[str] = []
-    questions: list[QuestionRow] = []
-    for path in paths:
-        if not path.exists():
-            raise DocumentNotFoundError(f"training data {path} does not exist; check the --data paths")
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            name = file.name.removesuffix(".gz")
-            if not file.is_file() or Path(name).suffix not in (".txt", ".jsonl", ".md", ".py", ".rst", ".tex"):
-                continue
-            if name.endswith(".jsonl"):
-                for row in _rows(file):
-                    _sort_row(row, texts, questions)
-            else:
-                texts.append(_read(file))
-    if not texts and not questions:
-        raise EmptyCorpusError(
-            f"no training text in {', '.join(map(str, paths))}; give .txt or .jsonl files (also .gz) with `text` rows"
-        )
-    return TrainingTexts(tuple(texts), tuple(questions))
-
-
 class ExampleStream:
     """Draws examples of the mixed objectives.
 
     Args:
-        texts: from :func:`read_training_texts`.
+        texts: what is drawn from and asked about, from :func:`~focus_core.training.texts.read_training_texts`.
         tokenizer: of the base.
         config: mix, sizes and seed.
+        others: rows whose passages stand beside the gold ones; those of ``texts`` if not given.
     """
 
-    def __init__(self, texts: TrainingTexts, tokenizer: Tokenizer, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        texts: TrainingTexts,
+        tokenizer: Tokenizer,
+        config: TrainConfig,
+        others: Sequence[QuestionRow] | None = None,
+    ) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.questions = texts.questions
+        self.others = _Others(texts.questions if others is None else others)
         self.long = [text for text in texts.texts if len(text) >= 2000]
         self._sizes = [len(text) ** 0.5 for text in self.long]
-        self.mix = dict(config.mix)
-        if not self.long:
-            self.mix["reconstruction"] = self.mix["continuation"] = self.mix["needle"] = 0.0
-        if not self.questions:
-            self.mix["question"] = 0.0
-        if sum(self.mix.values()) <= 0:
-            raise EmptyCorpusError(
-                f"the mix {config.mix} needs texts of at least 2,000 characters (found {len(self.long)}) or question "
-                f"rows (found {len(self.questions)}); give other --data or another mix"
-            )
+        self._mix(config)
 
     def example(self, step: int, index: int) -> Example:
         """Draw example ``index`` of ``step``: the same for the same seed, whatever was drawn before."""
         rng = random.Random(f"{self.config.seed}/{step}/{index}")
-        kind = rng.choices(list(self.mix), weights=list(self.mix.values()))[0]
+        return self._draw(rng, self.config)
+
+    def fixed(self, index: int) -> Example:
+        """Draw example ``index`` of a set that no step belongs to, for measuring a loss again and again."""
+        return self._draw(random.Random(f"{self.config.seed}/fixed/{index}"), self.config)
+
+    def _draw(self, rng: random.Random, config: TrainConfig) -> Example:
+        mix = self._mix(config)
+        kind = rng.choices(list(mix), weights=list(mix.values()))[0]
         if kind == "question":
-            return self._question(rng)
+            return self._question(rng, config)
         if kind == "needle":
-            return self._needle(rng)
-        return self._text(rng, kind)
+            return self._needle(rng, config)
+        return self._text(rng, config, kind)
+
+    def _mix(self, config: TrainConfig) -> dict[str, float]:
+        """Return the weights of the objectives that the data can serve."""
+        served = {"question": self.questions}
+        mix = {kind: weight if served.get(kind, self.long) else 0.0 for kind, weight in config.mix.items()}
+        if sum(mix.values()) <= 0:
+            raise EmptyCorpusError(
+                f"the mix {config.mix} needs texts of at least 2,000 characters (found {len(self.long)}) or question "
+                f"rows (found {len(self.questions)}); give other --data or another mix"
+            )
+        return mix
 
     # -- text objectives ----------------------------------------------------------------------------------------
 
-    def _text(self, rng: random.Random, kind: str) -> Example:
+    def _text(self, rng: random.Random, config: TrainConfig, kind: str) -> Example:
         """Continuation: the local context follows the memory. Reconstruction: it is a span of the memory."""
-        config = self.config
         size = rng.choice(config.chunk_sizes)
-        count = _log_uniform(rng, 1, max(1, min(config.max_chunks, config.max_memory_tokens // size)))
+        count = _log_uniform(rng, 1, _most_chunks(config, size))
         low, high = config.local_tokens
         split = rng.randint(4, max(4, low - 8))
         length = split + max(2, min(rng.randint(low, high) - split, config.max_candidate_rows // count))
@@ -148,37 +126,39 @@ class ExampleStream:
 
     # -- questions ----------------------------------------------------------------------------------------------
 
-    def _question(self, rng: random.Random) -> Example:
+    def _question(self, rng: random.Random, config: TrainConfig) -> Example:
         """Questions over documents, one document a chunk; each question's own document is among them."""
-        config = self.config
-        size = rng.choice([48, 64, 96, 128])
-        most = max(2, min(config.max_chunks, config.max_memory_tokens // size))
-        count = _log_uniform(rng, 2, most)
+        size = rng.choice(config.question_chunk_sizes)
+        count = _log_uniform(rng, 2, max(2, _most_chunks(config, size)))
         asked = rng.sample(self.questions, min(config.questions_per_example, count, len(self.questions)))
-        golds = [self._passage(rng, row, size, keep=True) for row in asked]
-        forbidden = [answer.lower() for row in asked for answer in row.answers]
-        others: list[list[int]] = []
-        near = [row for row in self.questions if row.title in {item.title for item in asked}]
-        for _ in range(10 * count):
-            if len(golds) + len(others) >= count:
-                break
-            row = rng.choice(near if near and rng.random() < 0.3 else self.questions)
-            if not any(answer in row.context.lower() for answer in forbidden):
-                others.append(self._passage(rng, row, size, keep=False))
-        chunks = golds + others
+        chunks = [self._gold(rng, row, asked, size, config) for row in asked]
+        negatives = self.others.draw(rng, asked, count - len(chunks), config.hard_negatives)
+        chunks += [self._passage(rng, row, size, keep=False) for row in negatives]
         rng.shuffle(chunks)
-        short = rng.random() < 0.8
         budget = max(2, config.max_candidate_rows // len(chunks))
-        queries = [
-            self._chat_query(f"{row.question}\n{SHORT_ANSWER}" if short else row.question, row.answers[0], budget)
-            for row in asked
-        ]
+        short = rng.random() < _SHORT
+        queries = [self._chat_query(rng, row.question, row.answers[0], budget, short=short) for row in asked]
         return Example(tuple(map(tuple, chunks)), tuple(queries), "question")
 
-    def _chat_query(self, question: str, answer: str, most_targets: int) -> Query:
-        given = self.tokenizer.chat(question, SYSTEM)
-        targets = [*self.tokenizer.encode(answer), self.tokenizer.end_token][:most_targets]
-        return Query((*given, *targets), len(given))
+    def _chat_query(self, rng: random.Random, question: str, answer: str, most_targets: int, *, short: bool) -> Query:
+        given = self.tokenizer.chat(f"{question}\n{SHORT_ANSWER}" if short else question, SYSTEM)
+        return _query(rng, given, [*self.tokenizer.encode(answer), self.tokenizer.end_token], most_targets)
+
+    def _gold(
+        self, rng: random.Random, row: QuestionRow, asked: Sequence[QuestionRow], size: int, config: TrainConfig
+    ) -> list[int]:
+        """Cut a question's passage; sometimes fill its chunk up with other passages, before or behind it."""
+        ids = self._passage(rng, row, size, keep=True)
+        if rng.random() >= config.fill_chunks:
+            return ids
+        for other in self.others.draw(rng, asked, 8, config.hard_negatives):
+            room = size - len(ids) - 2
+            if room < 24:
+                break
+            gap = self.tokenizer.encode("\n\n")
+            more = self._passage(rng, other, room, keep=False)[:room]
+            ids = [*more, *gap, *ids] if rng.random() < 0.5 else [*ids, *gap, *more]
+        return ids
 
     def _passage(self, rng: random.Random, row: QuestionRow, size: int, *, keep: bool) -> list[int]:
         """Cut a passage to ``size`` tokens, around the answer if ``keep``."""
@@ -202,12 +182,11 @@ class ExampleStream:
 
     # -- needles ------------------------------------------------------------------------------------------------
 
-    def _needle(self, rng: random.Random) -> Example:
+    def _needle(self, rng: random.Random, config: TrainConfig) -> Example:
         """Invented facts hidden in filler, with facts beside them that look alike."""
-        config = self.config
         size = rng.choice([size for size in config.chunk_sizes if size >= 32] or [32])
-        count = _log_uniform(rng, 2, max(2, min(config.max_chunks, config.max_memory_tokens // size)))
-        facts = invent_facts(rng, rng.choice([1, 1, 2, 4, 8]))
+        count = _log_uniform(rng, 2, max(2, _most_chunks(config, size)))
+        facts = invent_facts(rng, rng.choice([1, 1, 2, 4, 8, 16]))
         filler = self._filler(rng, size * count)
         chunks = [filler[start : start + size] for start in range(0, size * count, size)]
         for fact in facts:
@@ -215,12 +194,12 @@ class ExampleStream:
             chunk = rng.choice(chunks)
             start = rng.randrange(max(1, len(chunk) - len(ids)))
             chunk[start : start + len(ids)] = ids
-        asked = rng.sample(facts, min(config.questions_per_example, len(facts)))
-        visible = [fact for fact in asked if self._holds(chunks, fact)] or None
-        if visible is None:
-            return self._text(rng, "reconstruction") if self.mix["reconstruction"] else self._needle(rng)
+        visible = [fact for fact in facts if self._holds(chunks, fact)]
+        if not visible:
+            return self._text(rng, config, "reconstruction")
+        asked = rng.sample(visible, min(config.questions_per_example, len(visible)))
         budget = max(2, config.max_candidate_rows // len(chunks))
-        queries = [self._fact_query(rng, fact, budget) for fact in visible]
+        queries = [self._fact_query(rng, fact, budget) for fact in asked]
         return Example(tuple(map(tuple, chunks)), tuple(queries), "needle")
 
     def _holds(self, chunks: Sequence[Sequence[int]], fact: Fact) -> bool:
@@ -231,10 +210,9 @@ class ExampleStream:
 
     def _fact_query(self, rng: random.Random, fact: Fact, most_targets: int) -> Query:
         if rng.random() < 0.5:
-            return self._chat_query(fact.question, fact.value, most_targets)
+            return self._chat_query(rng, fact.question, fact.value, most_targets, short=rng.random() < _SHORT)
         given = self.tokenizer.encode(f"{fact.question} {fact.lead}")
-        targets = self.tokenizer.encode(f" {fact.value}.")[:most_targets]
-        return Query((*given, *targets), len(given))
+        return _query(rng, given, self.tokenizer.encode(f" {fact.value}."), most_targets)
 
     def _filler(self, rng: random.Random, tokens: int) -> list[int]:
         if rng.random() < 0.5:
@@ -245,93 +223,48 @@ class ExampleStream:
         return (ids * (tokens // len(ids) + 1))[:tokens]
 
 
-SHORT_ANSWER = "Answer with a short phrase."
-SYSTEM = "Use the documents."
+class _Others:
+    """Passages that do not hold the answer: any, of the same title, or lexically near."""
+
+    def __init__(self, rows: Sequence[QuestionRow]) -> None:
+        self.rows = list({row.context: row for row in rows}.values())
+        self._index = PassageIndex([f"{row.title} {row.context}" for row in self.rows])
+        self._of_title: dict[str, list[QuestionRow]] = defaultdict(list)
+        for row in self.rows:
+            if row.title:
+                self._of_title[row.title].append(row)
+
+    def draw(self, rng: random.Random, asked: Sequence[QuestionRow], count: int, hard: float) -> list[QuestionRow]:
+        """Return at most ``count`` different passages without any answer; a share of ``hard`` are hard negatives."""
+        forbidden = [answer.lower() for row in asked for answer in row.answers]
+        near = self._near(rng, asked) if hard > 0 and count > 0 else []
+        drawn: dict[str, QuestionRow] = {}
+        for _ in range(10 * count if self.rows else 0):
+            if len(drawn) >= count:
+                break
+            row = near.pop() if near and rng.random() < hard else rng.choice(self.rows)
+            if not any(answer in row.context.lower() for answer in forbidden):
+                drawn[row.context] = row
+        return list(drawn.values())
+
+    def _near(self, rng: random.Random, asked: Sequence[QuestionRow]) -> list[QuestionRow]:
+        near: list[QuestionRow] = []
+        for row in asked:
+            alike = self._of_title.get(row.title, [])
+            near += rng.sample(alike, min(_NEAREST, len(alike)))
+            near += [self.rows[index] for index in self._index.nearest(row.question, _NEAREST)]
+        rng.shuffle(near)
+        return near
 
 
-@dataclass(frozen=True)
-class Fact:
-    """An invented fact: how it is stated, asked, and begun."""
-
-    statement: str
-    question: str
-    lead: str
-    value: str
+def _query(rng: random.Random, given: list[int], targets: list[int], most_targets: int) -> Query:
+    """Ask for ``targets`` after ``given``; where they are too many, for a random run of them after those before it."""
+    start = rng.randint(0, max(0, len(targets) - most_targets)) if rng.random() < 0.5 else 0
+    return Query((*given, *targets[: start + most_targets]), len(given) + start)
 
 
-_SUBJECTS = [
-    *("the north gate", "the blue cabinet", "the archive room", "Mr. Alder", "Dr. Okafor", "Ms. Lindqvist"),
-    *("the harbour office", "the greenhouse", "flight deck two", "the old mill", "Professor Tanaka", "the night shift"),
-    *("parcel nine", "the reading club", "the pump house", "the Orion project", "Captain Reyes", "the lighthouse"),
-    *("the east tunnel", "the museum shop", "the vineyard", "Nurse Petrova", "the tea house", "the clock tower"),
-    *("the Falcon team", "the print room", "the ferry", "Aunt Miriam", "the sawmill", "the observatory"),
-]
-_NUMBERS = [
-    *("access number", "locker number", "serial number", "door code", "extension", "ticket number", "combination"),
-    "meter reading",
-]
-_WORDS = ["code word", "favourite colour", "home town", "animal", "password", "nickname"]
-_ANSWERS = [
-    *("amber", "violet", "Lisbon", "otter", "juniper", "Oslo", "crimson", "falcon", "Nairobi", "walnut", "marble"),
-    *("silver", "Kyoto", "badger", "saffron", "Quito", "heron", "cobalt", "thistle", "Geneva", "ivory", "panther"),
-    *("Dublin", "maple", "turquoise", "sparrow"),
-]
-
-
-def invent_facts(rng: random.Random, count: int) -> list[Fact]:
-    """Invent ``count`` facts about different subjects; they may share their attribute, so they look alike."""
-    numeric = rng.random() < 0.7
-    attribute = rng.choice(_NUMBERS if numeric else _WORDS)
-    facts = []
-    for subject in rng.sample(_SUBJECTS, min(count, len(_SUBJECTS))):
-        if rng.random() < 0.3:
-            attribute = rng.choice(_NUMBERS if numeric else _WORDS)
-        digits = rng.choice([3, 4, 5, 5, 6, 7])
-        value = str(rng.randrange(10 ** (digits - 1), 10**digits)) if numeric else rng.choice(_ANSWERS)
-        named = f"The {attribute} of {subject}"
-        if count == 1 and rng.random() < 0.5:
-            named = f"The {attribute}"
-        statement = rng.choice(
-            [
-                f" {named} is {value}. ",
-                f" {named} is {value}. Keep it in mind: {value}. ",
-                f" Please note: {named.lower() if named.isupper() else named} is {value}, that is {value}. ",
-            ]
-        )
-        what = named[0].lower() + named[1:]
-        facts.append(Fact(statement, f"What is {what}?", f"{named} is", value))
-    return facts
-
-
-# -- reading ----------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> str:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
-        return str(file.read())
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in _read(path).split("\n"):
-        if line.strip():
-            row = json.loads(line)
-            if isinstance(row, dict):
-                yield row
-
-
-def _sort_row(row: dict[str, Any], texts: list[str], questions: list[QuestionRow]) -> None:
-    if isinstance(row.get("question"), str):
-        answers = row.get("answers") or ([row["answer"]] if row.get("answer") else [])
-        contexts = row.get("ctxs") or [{"title": row.get("title", ""), "text": row.get("context", "")}]
-        for context in contexts[:1]:
-            held = tuple(str(answer) for answer in answers if str(answer).lower() in context["text"].lower())
-            if held:
-                questions.append(
-                    QuestionRow(row["question"], held, context.get("title", "").replace("_", " "), context["text"])
-                )
-    elif isinstance(row.get("text"), str):
-        texts.append(row["text"])
+def _most_chunks(config: TrainConfig, size: int) -> int:
+    return max(1, min(config.max_chunks, config.max_memory_tokens // size))
 
 
 def _log_uniform(rng: random.Random, low: int, high: int) -> int:

@@ -1,0 +1,48 @@
+"""Measure the loss of candidates on a fixed set of examples, without gradient.
+
+The same examples every time, so that numbers of one run, or of two forms of one adapter, can be compared. Nothing is
+trained here and no weight is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from focus_core.candidate import CandidateAdapter
+from focus_core.config import Positions
+from focus_core.families import BaseDecoder
+from focus_core.training.objectives import Example, Task, dense_losses, encode_example
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss over a set of examples.
+
+    Args:
+        loss: mean over local contexts of the mean negative log-likelihood of their targets, nats per target.
+        by_kind: the same for each objective.
+        queries: local contexts it is the mean of.
+    """
+
+    loss: float
+    by_kind: dict[str, float]
+    queries: int
+
+
+@torch.no_grad()
+def measure_loss(
+    base: BaseDecoder, adapter: CandidateAdapter, examples: Sequence[Example], sink: int | None, positions: Positions
+) -> Loss:
+    """Return the loss of ``adapter`` on ``examples``; examples run one at a time."""
+    by_kind: dict[str, list[float]] = {}
+    for example in examples:
+        chunks = encode_example(base, example, sink)
+        tasks = [Task(chunks, query) for query in example.queries]
+        losses = dense_losses(base, adapter, tasks, sink, positions)
+        by_kind.setdefault(example.kind, []).extend(float(loss) for loss in losses)
+    every = [value for values in by_kind.values() for value in values]
+    means = {kind: sum(values) / len(values) for kind, values in sorted(by_kind.items())}
+    return Loss(sum(every) / len(every), means, len(every))

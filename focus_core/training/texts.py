@@ -1,0 +1,156 @@
+"""Read training files into long texts and question rows.
+
+Files may be plain text or JSON lines, gzipped or not. Rows with ``text`` are long texts; rows with a ``question``, its
+``answers`` and a ``context`` (or ``ctxs``) are question rows; rows with a ``prompt`` and its ``completion`` become
+question rows where the prompt shows a passage that contains the completion. The module draws nothing and runs no model;
+what a file cannot give is left out silently, an empty result is an error.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from focus_core.errors import DocumentNotFoundError, EmptyCorpusError
+
+_SUFFIXES = (".txt", ".jsonl", ".md", ".py", ".rst", ".tex")
+_LONGEST_ANSWER = 200  # characters; longer completions are retold, not found
+
+
+@dataclass(frozen=True)
+class QuestionRow:
+    """A question, its answer and the passage that holds it."""
+
+    question: str
+    answers: tuple[str, ...]
+    title: str
+    context: str
+
+
+@dataclass(frozen=True)
+class TrainingTexts:
+    """What the files hold: long texts and question rows."""
+
+    texts: tuple[str, ...]
+    questions: tuple[QuestionRow, ...]
+
+
+def read_training_texts(paths: Iterable[Path]) -> TrainingTexts:
+    """Read files and folders (recursively).
+
+    Raises:
+        DocumentNotFoundError: a path does not exist.
+        EmptyCorpusError: nothing usable was found.
+    """
+    paths = list(paths)
+    texts: list[str] = []
+    questions: dict[QuestionRow, None] = {}  # a set that keeps its order
+    for path in paths:
+        for file in _files(path):
+            if file.name.removesuffix(".gz").endswith(".jsonl"):
+                for row in _rows(file):
+                    question = _question_row(row) or _instruction_row(row)
+                    if question is not None:
+                        questions[question] = None
+                    elif isinstance(row.get("text"), str) and "question" not in row:
+                        texts.append(row["text"])
+            else:
+                texts.append(_read(file))
+    if not texts and not questions:
+        raise EmptyCorpusError(
+            f"no training text in {', '.join(map(str, paths))}; give .txt or .jsonl files (also .gz) with `text` rows"
+        )
+    return TrainingTexts(tuple(texts), tuple(questions))
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if not path.exists():
+        raise DocumentNotFoundError(f"training data {path} does not exist; check the --data paths")
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file() and Path(file.name.removesuffix(".gz")).suffix in _SUFFIXES:
+            yield file
+
+
+def _read(path: Path) -> str:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
+        return str(file.read())
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    for line in _read(path).split("\n"):
+        if line.strip():
+            row = json.loads(line)
+            if isinstance(row, dict):
+                yield row
+
+
+def _question_row(row: dict[str, Any]) -> QuestionRow | None:
+    """Return a row with question, answers and a passage that holds one of them, else ``None``."""
+    if not isinstance(row.get("question"), str):
+        return None
+    answers = row.get("answers") or row.get("answer") or []
+    answers = answers.get("text", []) if isinstance(answers, dict) else answers  # SQuAD's own layout
+    answers = [answers] if isinstance(answers, str) else answers
+    contexts = row.get("ctxs") or [{"title": row.get("title", ""), "text": row.get("context", "")}]
+    passage, title = str(contexts[0].get("text", "")), str(contexts[0].get("title", ""))
+    held = tuple(str(answer) for answer in answers if str(answer) and str(answer).lower() in passage.lower())
+    return QuestionRow(row["question"], held, title.replace("_", " "), passage) if held else None
+
+
+# -- instruction rows -------------------------------------------------------------------------------------------
+
+_PASSAGES = ("context", "movie plot", "plot", "text", "paragraph", "passage", "article")
+_TITLES = ("title", "movie title", "plot title", "movie plot title")
+_LABEL = re.compile(
+    rf"^[ \t]*({'|'.join(sorted((*_PASSAGES, *_TITLES, 'question', 'my question', 'answer'), key=len, reverse=True))})"
+    r"[ \t]*:",
+    re.IGNORECASE | re.MULTILINE,
+)
+_QUOTED = (
+    re.compile(
+        r'passage\s+"(?P<passage>.+)",\s+answer the following question\b[^\n]*\s+question:(?P<question>.+)', re.S | re.I
+    ),
+    re.compile(r'answer to the question "(?P<question>[^\n]+?)" is in "(?P<passage>.+)"\.[^\n]*', re.S | re.I),
+)
+"""Where instruction prompts (the T0 collection's and alike) hold question and passage: behind labels, or in quotes."""
+
+
+def _instruction_row(row: dict[str, Any]) -> QuestionRow | None:
+    """Return the question of a prompt whose passage contains the completion, else ``None``."""
+    prompt, answer = row.get("prompt"), row.get("completion")
+    if not isinstance(prompt, str) or not isinstance(answer, str):
+        return None
+    question, passage, title = _parts(prompt.strip())
+    answer = answer.strip()
+    words = re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)  # not the C of "C. Nobody knows"
+    if (
+        len(question) < 6
+        or not 1 < len(answer) <= _LONGEST_ANSWER
+        or not words.search(passage)
+        or words.search(question)
+    ):
+        return None
+    return QuestionRow(question, (answer,), title, passage)
+
+
+def _parts(prompt: str) -> tuple[str, str, str]:
+    """Return question, passage and title of a prompt; empty where it has none."""
+    for layout in _QUOTED:
+        quoted = layout.search(prompt)
+        if quoted:
+            return quoted["question"].strip(), quoted["passage"].strip(), ""
+    labels = list(_LABEL.finditer(prompt))
+    ends = [label.start() for label in labels[1:]] + [len(prompt)]
+    parts: dict[str, str] = {}
+    for label, end in zip(labels, ends, strict=False):
+        parts.setdefault(label[1].lower(), prompt[label.end() : end].strip().strip('"').strip())
+    question = parts.get("my question", parts.get("question", ""))
+    passage = next((parts[name] for name in _PASSAGES if name in parts), "")
+    title = next((parts[name] for name in _TITLES if name in parts), "")
+    return question.split("\n")[0].strip().strip('"'), passage, title.split("\n")[0]
