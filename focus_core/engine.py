@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -19,11 +19,13 @@ from torch import Tensor
 
 from focus_core.attribution import Evidence, chunk_evidence, document_evidence
 from focus_core.candidate import CandidateAdapter
+from focus_core.chat import Message, Tool, fit_messages, render_messages
 from focus_core.config import DecodeConfig, FocusConfig, LocalMode, Positions
+from focus_core.constraints import Grammar, json_schema, tool_calls
 from focus_core.corpus import Document, load_documents
 from focus_core.errors import ConfigError, ContextTooLongError, UnsupportedModelError
 from focus_core.families import BaseDecoder
-from focus_core.generation import Generation, Token
+from focus_core.generation import Generation, Token, check_cancelled
 from focus_core.hub import AdapterInfo, LoadedBase, Notice, find_adapter, load_adapter, load_base
 from focus_core.memory import ChunkEncoder, Memory, MemoryState, Progress
 from focus_core.parallel import Check, sink_before
@@ -338,9 +340,13 @@ class FocusEngine:
         *,
         decode: DecodeConfig | None = None,
         cancelled: threading.Event | None = None,
+        constraint: Grammar | None = None,
         **options: Any,
     ) -> AnswerStream:
-        """Like :meth:`stream`, for a local context given as token ids."""
+        """Like :meth:`stream`, for a local context given as token ids.
+
+        A ``constraint`` holds the answer to a grammar; raises ``ConfigError`` where ``max_tokens`` is too small for it.
+        """
         if not local:
             raise ConfigError("the question is empty; ask something")
         decode = _decode(decode, options)
@@ -360,8 +366,74 @@ class FocusEngine:
             self.end_tokens,
             self.info.attribution_heads,
             cancelled or threading.Event(),
+            constraint.begin(self.tokenizer, self.end_tokens, decode.max_tokens) if constraint is not None else None,
         )
         return AnswerStream(generation, local, state)
+
+    # -- conversations ------------------------------------------------------------------------------------------
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        memory: Memory | None = None,
+        *,
+        tools: Sequence[Tool] = (),
+        tool_choice: str = "auto",
+        parallel: bool = True,
+        schema: Mapping[str, Any] | bool | None = None,
+        decode: DecodeConfig | None = None,
+        cancelled: threading.Event | None = None,
+        **options: Any,
+    ) -> AnswerStream:
+        """Answer the last message of a conversation of any length.
+
+        Turns that do not fit the window are read as memory for this answer; what ``memory`` holds stays as it is.
+        Tool calls are in the text; :class:`~focus_core.chat.ToolCallParser` reads them.
+
+        Args:
+            messages: oldest first; without a system turn the adapter's is put in front.
+            memory: what to read besides.
+            tools: what the model may call.
+            tool_choice: ``auto``, ``none``, ``required`` or a tool's name.
+            parallel: whether several calls may follow each other.
+            schema: JSON schema that the answer must be a value of, ``True`` for any JSON; tools are not called then.
+            decode: sampling options.
+            cancelled: an event that stops the request when set.
+            **options: single fields of :class:`DecodeConfig`, over ``decode``.
+
+        Raises:
+            ConfigError: an option, a tool or the schema is bad, or llguidance is needed and not installed.
+            ContextTooLongError: the last turn with the tools does not fit the window.
+        """
+        decode, cancelled = _decode(decode, options), cancelled or threading.Event()
+        if schema is not None:
+            constraint: Grammar | None = json_schema(schema)
+        else:
+            constraint = tool_calls(tools, tool_choice, parallel)
+        offered = () if tool_choice == "none" else tools
+        documents, kept = self.fit(messages, offered, decode.max_tokens)
+        if documents:
+            memory = memory.subset(document.id for document in memory.documents) if memory else self.remember([])
+            memory.add(documents, check=lambda: check_cancelled(cancelled))
+        local = render_messages(self.tokenizer, kept, offered)
+        return self.stream_ids(local, memory, decode=decode, cancelled=cancelled, constraint=constraint)
+
+    def fit(
+        self, messages: Sequence[Message], tools: Sequence[Tool], max_tokens: int
+    ) -> tuple[list[Document], list[Message]]:
+        """Split a conversation into documents for memory and the messages that fit the window with an answer.
+
+        The adapter's system turn is put in front where there is none. Fitting twice changes nothing.
+        """
+        system = self.info.system if getattr(self.tokenizer.tokenizer, "chat_template", None) else None
+        if system is not None and messages and messages[0].role != "system":
+            messages = [Message("system", system), *messages]
+        room = self.config.window - max_tokens - 1
+
+        def count(some: Sequence[Message]) -> int:
+            return len(render_messages(self.tokenizer, some, tools))
+
+        return fit_messages(messages, count, room, self.split_prompt) if messages else ([], [])
 
     def reading(self, state: MemoryState, *, max_tokens: int, chunks_per_batch: int | None = None) -> Reading:
         """Return a :class:`Reading` of a memory's state: logits instead of text, for tests and measurements."""

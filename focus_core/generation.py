@@ -25,6 +25,7 @@ from transformers import (
 
 from focus_core.attribution import AttentionRecord
 from focus_core.config import DecodeConfig
+from focus_core.constraints import Constraint
 from focus_core.errors import CancelledError
 from focus_core.reading import Reading
 from focus_core.tokenization import TextTokenizer
@@ -58,6 +59,7 @@ class Generation:
         end_tokens: ids that end the answer.
         heads: (layer, head) pairs for attribution.
         cancelled: set it to stop within one layer.
+        constraint: what the answer is held to.
     """
 
     reading: Reading
@@ -66,6 +68,7 @@ class Generation:
     end_tokens: frozenset[int]
     heads: Sequence[tuple[int, int]] = ()
     cancelled: threading.Event = field(default_factory=threading.Event)
+    constraint: Constraint | None = None
     finish_reason: str | None = None
     prompt_tokens: int = 0
     generated: list[int] = field(default_factory=list)
@@ -87,13 +90,14 @@ class Generation:
                 closer = self.reading.reread(self._best_chunks(mass), self.tokenizer.encode("\n\n"))
                 logits = logits if closer is None else closer
             while True:
-                token, logprob, top = sampler.draw(self.reading.ids, logits)
+                token, logprob, top = self._draw(sampler, logits)
                 if mass:
                     self.record.add(mass)
                 self.generated.append(token)
                 ended = token in self.end_tokens
+                done = self.constraint is not None and self.constraint.finished
                 piece = "" if ended else text.push(token)
-                if ended or text.stopped:
+                if ended or done or text.stopped:
                     self.finish_reason = "stop"
                 elif len(self.generated) >= self.decode.max_tokens:
                     self.finish_reason = "length"
@@ -111,9 +115,25 @@ class Generation:
         best: list[int] = self.record.scores_of(mass).argsort(descending=True)[: self.decode.reread].tolist()
         return best
 
+    def _draw(self, sampler: _Sampler, logits: Tensor) -> tuple[int, float, tuple[tuple[int, float], ...]]:
+        """Draw a token that the constraint takes."""
+        if self.constraint is None:
+            return sampler.draw(self.reading.ids, logits)
+        left = self.decode.max_tokens - len(self.generated) - 1
+        drawn = sampler.draw(self.reading.ids, logits, self.constraint.allowed(len(logits)))
+        if not self.constraint.accept(drawn[0], left):
+            drawn = sampler.draw(self.reading.ids, logits, self.constraint.ending(len(logits)))
+            self.constraint.accept(drawn[0], left)
+        return drawn
+
     def _check(self) -> None:
-        if self.cancelled.is_set():
-            raise CancelledError("the request was cancelled")
+        check_cancelled(self.cancelled)
+
+
+def check_cancelled(cancelled: threading.Event) -> None:
+    """Raise :class:`CancelledError` if the event is set."""
+    if cancelled.is_set():
+        raise CancelledError("the request was cancelled")
 
 
 class _Sampler:
@@ -139,11 +159,21 @@ class _Sampler:
         else:
             self.generator.manual_seed(decode.seed)
 
-    def draw(self, ids: Sequence[int], logits: Tensor) -> tuple[int, float, tuple[tuple[int, float], ...]]:
-        """Return the next token, its log-probability, and the alternatives."""
+    def draw(
+        self, ids: Sequence[int], logits: Tensor, allowed: Tensor | None = None
+    ) -> tuple[int, float, tuple[tuple[int, float], ...]]:
+        """Return the next token, its log-probability, and the alternatives.
+
+        Args:
+            ids: all tokens before it.
+            logits: (vocabulary,).
+            allowed: (vocabulary,) tokens that may be drawn; ``None`` means all.
+        """
         logprobs = torch.log_softmax(logits, dim=-1)
         history: Any = torch.tensor([list(ids)], device=logits.device)
         scores: Any = self.penalty(history, logits.unsqueeze(0))
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed.to(scores.device), float("-inf"))
         if self.decode.temperature == 0.0:
             token = int(scores.argmax())
         else:

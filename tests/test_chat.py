@@ -59,7 +59,7 @@ def _text(tokenizer: TextTokenizer, ids: list[int]) -> str:
 
 
 def test_plain_conversations_render_as_transformers_does(tokenizer: PreTrainedTokenizerFast):
-    """Without tools and special text the ids decode to transformers' own rendering; one question is as chat() has it."""
+    """Without tools the ids decode to transformers' own rendering; one question is as chat() has it."""
     text = TextTokenizer(tokenizer)
     talk = [Message("user", "the cat"), Message("assistant", "sat"), Message("user", "who?")]
     turns = [{"role": message.role, "content": message.content} for message in talk]
@@ -138,7 +138,11 @@ def test_bad_messages_and_tools_are_named():
         render_messages(_tokenizer(None), [])
 
 
-CALLS = (ToolCall("", "add", {"a": 'quote " brace } \\'}), ToolCall("", "noargs", {}), ToolCall("", "deep", {"x": [{}]}))
+CALLS = (
+    ToolCall("", "add", {"a": 'quote " brace } \\'}),
+    ToolCall("", "noargs", {}),
+    ToolCall("", "deep", {"x": [{}]}),
+)
 
 
 def test_calls_round_trip_and_streams_agree():
