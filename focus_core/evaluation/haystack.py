@@ -68,16 +68,10 @@ class Haystack:
         longest = max(len(self.tokenizer.encode(needle)) for needle in needles)
         size = max(8, self.chunk_size - longest - _MARGIN)
         passages = list(_passages(self.tokenizer, str(self.text), self.tokens, size))
-        total = len(passages)
-        by_place: dict[int, list[tuple[float, str]]] = {}
-        for depth, needle in zip(depths, needles, strict=True):
-            place = min(total - 1, int(depth * total))
-            while place in by_place and len(by_place) < total:  # one needle a passage, as long as there are passages
-                place = (place + 1) % total
-            by_place.setdefault(place, []).append((depth * total - int(depth * total), needle))
-        for place, inside in by_place.items():
-            for within, needle in sorted(inside, reverse=True):
-                passages[place] = _insert(passages[place], needle, within)
+        order = sorted(range(len(needles)), key=lambda index: depths[index])
+        for index, place in zip(reversed(order), reversed(_places(sorted(depths), len(passages))), strict=True):
+            within = depths[index] * len(passages) % 1
+            passages[place] = _insert(passages[place], needles[index], within)
         first = (Document("head", head),) if head else ()
         return (*first, *(Document(f"passage-{index:04}", text) for index, text in enumerate(passages)))
 
@@ -94,6 +88,16 @@ def _passages(tokenizer: TextTokenizer, text: str, tokens: int, size: int) -> tu
     chunks = cut("filler", beginning, tokenizer.encode_with_offsets(beginning), size)
     texts = (beginning[chunk.start : chunk.end].strip() for chunk in chunks)
     return tuple(passage for passage in texts if passage)
+
+
+def _places(depths: Sequence[float], total: int) -> list[int]:
+    """Return a passage for each of the rising ``depths``: in the same order, one needle each while there are enough."""
+    places = [min(total - 1, int(depth * total)) for depth in depths]
+    if len(depths) > total:
+        return places
+    for index in range(1, len(places)):
+        places[index] = max(places[index], places[index - 1] + 1)
+    return [min(place, total - len(places) + index) for index, place in enumerate(places)]
 
 
 def _insert(passage: str, needle: str, within: float) -> str:

@@ -6,7 +6,7 @@ A task turns :class:`TaskOptions` into trials; adding one is adding a row to :da
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,9 +60,17 @@ class TaskOptions:
         return None if self.filler is None else read_long_text(self.filler)
 
     def facts(self) -> dict[str, Any]:
-        """Return the options as JSON, files by content; the number of trials is left out, so that it may grow."""
-        facts = {key: value for key, value in asdict(self).items() if key not in ("tokenizer", "trials")}
-        return {**facts, "file": file_facts(self.file), "filler": file_facts(self.filler)}
+        """Return what differs from the defaults as JSON, files by content.
+
+        The number of trials is left out, so that it may grow, and defaults are, so that a new option leaves earlier
+        predictions valid.
+        """
+        facts: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name not in ("tokenizer", "trials") and value != item.default:
+                facts[item.name] = file_facts(value) if isinstance(value, Path) else value
+        return facts
 
 
 @dataclass(frozen=True)

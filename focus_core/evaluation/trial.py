@@ -26,6 +26,7 @@ class Trial:
         raw: the question is text to continue, not a chat turn.
         label: what the trial varies, such as its depth.
         wanted: ``any`` of the answers, contained in the text, is right; ``all`` of them have to be there.
+        max_tokens: of the answer; ``None`` leaves it to the task.
     """
 
     documents: tuple[Document, ...]
@@ -35,6 +36,7 @@ class Trial:
     raw: bool
     label: str
     wanted: Wanted = "any"
+    max_tokens: int | None = None
 
     @property
     def fingerprint(self) -> str:
