@@ -27,6 +27,13 @@ def _one_of(name: str, value: str, literal: Any) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(get_args(literal))}; got {value!r}")
 
 
+def _tuples(value: Any) -> Any:
+    """Return JSON values with tuples for lists, so that settings compare equal after a round trip."""
+    if isinstance(value, dict):
+        return {name: _tuples(item) for name, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
 class _Json:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON types."""
@@ -39,8 +46,7 @@ class _Json:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(f"unknown setting {', '.join(unknown)}; {cls.__name__} knows {', '.join(sorted(known))}")
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return cls(**fields)
+        return cls(**_tuples(values))
 
 
 @dataclass(frozen=True)
@@ -127,37 +133,66 @@ class DecodeConfig(_Json):
             raise ConfigError("stop must hold non-empty strings; got ''")
 
 
+Schedule = Literal["linear", "cosine"]
+Objective = Literal["dense", "one_target"]
+TeacherMemory = Literal["all", "gold"]
+OBJECTIVES = ("reconstruction", "continuation", "question", "needle")
+_STAGED = (
+    *("mix", "chunk_sizes", "question_chunk_sizes", "max_chunks", "max_memory_tokens", "local_tokens"),
+    *("prompt_lengths", "max_candidate_rows", "questions_per_example", "hard_negatives", "fill_chunks"),
+)
+
+
 @dataclass(frozen=True)
 class TrainConfig(_Json):
-    """How candidate projections are trained (dense objectives; see docs/training.md).
+    """How candidate projections are trained (see docs/training.md).
 
     Args:
         steps: optimizer steps in the whole schedule.
-        examples_per_step: examples whose gradients are added before a step.
+        examples_per_step: examples whose gradients are added before a step, over all processes.
+        examples_per_pass: examples that one process runs together; fewer need less memory, the gradient is the same.
+            ``None`` runs all of a process's share at once.
         learning_rate: peak of AdamW's rate; it warms up, then falls to ``final_rate`` of the peak.
         schedule: ``linear`` or ``cosine``.
+        max_grad_norm: gradients are scaled down to this norm.
+        seed: of the example stream and of what is held out.
+        positions: of the candidates, see :class:`FocusConfig`.
+        sink: start every row with the base's BOS.
+        objective: ``dense`` supervises every local token from the split on; ``one_target`` one token an example, as
+            the paper's published code does.
         mix: weight of each objective in the example stream.
-        chunk_sizes: drawn uniformly for text objectives.
+        chunk_sizes: drawn uniformly for the text and needle objectives.
         max_chunks: k is drawn log-uniformly up to this.
         max_memory_tokens: k times the chunk size never exceeds this.
         local_tokens: least and most tokens of a local context of the text objectives.
+        prompt_lengths: drawn uniformly: only so many tokens of the local context run behind the chunks, as with
+            ``FocusConfig.prompt_length``. Empty runs all of it.
         max_candidate_rows: candidates of one example (k x targets), the bound on the gradient graph.
         questions_per_example: questions asked over one chunk pass.
         question_chunk_sizes: drawn uniformly for the question objective; longer passages are cut around the answer.
         hard_negatives: share of the other passages that are of the same title or share rare words with a question.
         fill_chunks: probability that a question's own chunk is filled up with other passages.
+        stages: settings that hold for the first part of the run: ``{"until": 0.25, "max_chunks": 16}`` for the first
+            quarter; the first stage that a step falls into counts, after the last one the settings above do.
+        distillation: weight of the KL divergence from the base that reads the memory in its own window, per objective.
+        teacher_memory: what that base reads: ``all`` chunks, or the ``gold`` ones of the local context.
+        eval_every: steps between measurements of the held-out loss; 0 never measures and holds nothing out.
+        eval_examples: examples that it is measured on, always the same.
+        held_out: share of texts and of passages that is kept out of training for it.
     """
 
     steps: int = 1000
     examples_per_step: int = 2
+    examples_per_pass: int | None = None
     learning_rate: float = 3e-4
     final_rate: float = 0.05
     warmup_steps: int = 20
-    schedule: Literal["linear", "cosine"] = "linear"
+    schedule: Schedule = "linear"
     max_grad_norm: float = 1.0
     seed: int = 0
     positions: Positions = "shared"
     sink: bool = True
+    objective: Objective = "dense"
     mix: dict[str, float] = field(
         default_factory=lambda: {"reconstruction": 0.35, "continuation": 0.1, "question": 0.4, "needle": 0.15}
     )
@@ -165,28 +200,73 @@ class TrainConfig(_Json):
     max_chunks: int = 128
     max_memory_tokens: int = 1536
     local_tokens: tuple[int, int] = (24, 64)
+    prompt_lengths: tuple[int, ...] = ()
     max_candidate_rows: int = 512
     questions_per_example: int = 3
     question_chunk_sizes: tuple[int, ...] = (48, 64, 96, 128)
     hard_negatives: float = 0.3
     fill_chunks: float = 0.0
+    stages: tuple[dict[str, Any], ...] = ()
+    distillation: dict[str, float] = field(default_factory=dict)
+    teacher_memory: TeacherMemory = "gold"
+    eval_every: int = 0
+    eval_examples: int = 32
+    held_out: float = 0.02
 
     def __post_init__(self) -> None:
-        _bounded("steps", self.steps, 1)
-        _bounded("examples_per_step", self.examples_per_step, 1)
-        _bounded("max_chunks", self.max_chunks, 1)
-        _bounded("questions_per_example", self.questions_per_example, 1)
+        for name in ("steps", "examples_per_step", "max_chunks", "questions_per_example", "eval_examples"):
+            _bounded(name, getattr(self, name), 1)
+        if self.examples_per_pass is not None:
+            _bounded("examples_per_pass", self.examples_per_pass, 1)
         _bounded("max_candidate_rows", self.max_candidate_rows, 2)
-        _one_of("positions", self.positions, Positions)
+        _bounded("eval_every", self.eval_every, 0)
+        for name in ("hard_negatives", "fill_chunks", "held_out", "final_rate"):
+            _bounded(name, getattr(self, name), 0.0, 1.0)
+        for name, literal in (("positions", Positions), ("schedule", Schedule), ("objective", Objective)):
+            _one_of(name, getattr(self, name), literal)
+        _one_of("teacher_memory", self.teacher_memory, TeacherMemory)
         if self.learning_rate <= 0:
             raise ConfigError(f"learning_rate must be above 0; got {self.learning_rate}")
-        _bounded("hard_negatives", self.hard_negatives, 0.0, 1.0)
-        _bounded("fill_chunks", self.fill_chunks, 0.0, 1.0)
-        for name in ("chunk_sizes", "question_chunk_sizes"):
+        self._check_sizes()
+        self._check_objectives()
+        self._check_stages()
+
+    def at(self, step: int) -> Self:
+        """Return the settings that examples of ``step`` (from 0) are drawn with."""
+        for stage in self.stages:
+            if step < stage["until"] * self.steps:
+                return self._with(stage)
+        return self
+
+    def _with(self, stage: dict[str, Any]) -> Self:
+        changes = {name: value for name, value in stage.items() if name != "until"}
+        return dataclasses.replace(self, stages=(), **changes)
+
+    def _check_sizes(self) -> None:
+        for name in ("chunk_sizes", "question_chunk_sizes", "prompt_lengths"):
             sizes = getattr(self, name)
-            if not sizes or min(sizes) < 1:
+            if (not sizes and name != "prompt_lengths") or any(size < 1 for size in sizes):
                 raise ConfigError(f"{name} must hold positive numbers; got {sizes}")
-        if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
-            raise ConfigError(f"mix must hold weights of at least 0 with a positive sum; got {self.mix}")
         if self.local_tokens[0] < 4 or self.local_tokens[1] < self.local_tokens[0]:
             raise ConfigError(f"local_tokens must be (least >= 4, most >= least); got {self.local_tokens}")
+
+    def _check_objectives(self) -> None:
+        if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
+            raise ConfigError(f"mix must hold weights of at least 0 with a positive sum; got {self.mix}")
+        for kind in (*self.mix, *self.distillation):
+            if kind not in OBJECTIVES:
+                raise ConfigError(f"mix and distillation know {', '.join(OBJECTIVES)}; got {kind!r}")
+        if any(weight < 0 for weight in self.distillation.values()):
+            raise ConfigError(f"distillation must hold weights of at least 0; got {self.distillation}")
+
+    def _check_stages(self) -> None:
+        object.__setattr__(self, "stages", _tuples(self.stages))
+        before = 0.0
+        for stage in self.stages:
+            unknown = sorted(set(stage) - {"until", *_STAGED})
+            if unknown:
+                raise ConfigError(f"a stage cannot change {', '.join(unknown)}; it knows {', '.join(_STAGED)}")
+            if not before < stage.get("until", 0) <= 1:
+                raise ConfigError(f"stages must have rising `until` between 0 and 1; got {stage.get('until')!r}")
+            before = stage["until"]
+            self._with(stage)  # its values are checked like any
