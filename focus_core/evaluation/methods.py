@@ -73,7 +73,7 @@ class Method:
 
     def answer(self, engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache) -> Prediction:
         """Answer one trial."""
-        return METHODS[self.name](engine, trial, max_tokens, cache, **self.options)
+        return METHODS[self.name](engine, trial, cache=cache, **{"max_tokens": max_tokens, **self.options})
 
 
 def parse_method(text: str) -> Method:
