@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_a_fixed_haystack_is_read_once(make_engine, counted, tmp_path):
     trials = list(passkey(engine.tokenizer, 900, 10, chunk_size=160, filler=NOVEL))
     before = [0]
     run(engine, "p", trials, "focusllm", 2, tmp_path, lambda record: before.append(len(counted)))
-    encoded = [after - start for start, after in zip(before, before[1:], strict=False)]
+    encoded = [after - start for start, after in pairwise(before)]
     passages = len(trials[0].documents)
     assert passages > 8
     assert encoded[0] == passages
@@ -129,7 +130,7 @@ def test_more_trials_extend_a_file_and_fewer_read_a_part(make_engine, tmp_path):
 
 @pytest.mark.parametrize("change", ["config", "adapter", "tokens", "settings", "trials"])
 def test_mixed_predictions_are_refused(make_engine, tmp_path, change):
-    """Another configuration, adapter, answer length, setting or question: an error that names it, the file unchanged."""
+    """Another configuration, adapter, answer length, setting or question: named in an error, and nothing is written."""
     engine = make_engine(chunk_size=96, window=512)
     trials = trials_of(engine, 2)
     run(engine, "p", trials, "focusllm", 2, tmp_path, settings={"seed": 0})

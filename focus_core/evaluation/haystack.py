@@ -30,12 +30,14 @@ class Haystack:
         tokens: about how many the documents hold together, needles included.
         chunk_size: most tokens of a passage with its needle (natural filler).
         text: natural filler; ``None`` repeats the passkey prompt's sentences.
+        room: tokens left free for a needle in every passage; the same for all trials, or passages would differ.
     """
 
     tokenizer: TextTokenizer
     tokens: int
     chunk_size: int
     text: str | None = None
+    room: int = 48
 
     def hide(self, needles: Sequence[str], depths: Sequence[float], head: str = "") -> tuple[Document, ...]:
         """Return documents with each needle at its depth.
@@ -65,8 +67,7 @@ class Haystack:
         return "\n".join([head, *placed] if head else placed)
 
     def _natural(self, needles: Sequence[str], depths: Sequence[float], head: str) -> tuple[Document, ...]:
-        longest = max(len(self.tokenizer.encode(needle)) for needle in needles)
-        size = max(8, self.chunk_size - longest - _MARGIN)
+        size = max(8, self.chunk_size - self.room - _MARGIN)
         passages = list(_passages(self.tokenizer, str(self.text), self.tokens, size))
         order = sorted(range(len(needles)), key=lambda index: depths[index])
         for index, place in zip(reversed(order), reversed(_places(sorted(depths), len(passages))), strict=True):

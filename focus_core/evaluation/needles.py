@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+from focus_core.errors import ConfigError
 from focus_core.evaluation.haystack import FILLER, Haystack
 from focus_core.evaluation.trial import Trial
 from focus_core.tokenization import TextTokenizer
@@ -47,26 +48,35 @@ def passkey(
         distractors: keys of other owners hidden beside the wanted one, at most 23.
         filler: natural text; ``None`` repeats the official sentences.
         chunk_size: most tokens of a passage of natural text.
+
+    Raises:
+        ConfigError: there are not that many owners.
     """
-    haystack = Haystack(tokenizer, tokens, chunk_size, filler)
+    if not 0 <= distractors < len(_OWNERS):
+        raise ConfigError(f"distractors must be between 0 and {len(_OWNERS) - 1}; got {distractors}")
+    room = max(len(tokenizer.encode(_needle("50000", owner if distractors else None))) for owner in _OWNERS)
+    haystack = Haystack(tokenizer, tokens, chunk_size, filler, room)
     for index in range(trials):
         rng = random.Random(f"passkey/{seed}/{tokens}/{distractors}/{index}")
         keys = [str(key) for key in rng.sample(range(1, 50001), distractors + 1)]
-        owners = rng.sample(_OWNERS, distractors + 1)
+        owners: list[str | None] = [*rng.sample(_OWNERS, distractors + 1)] if distractors else [None]
+        needles = [_needle(key, owner) for key, owner in zip(keys, owners, strict=True)]
         depth = depth_of(index)
         depths = [depth, *[rng.random() for _ in range(distractors)]]
-        if distractors:
-            needles = [f"The pass key of {who} is {key}. Remember it. {key} is the pass key of {who}."
-                       for who, key in zip(owners, keys, strict=True)]  # fmt: skip
-            ask = f"What is the pass key of {owners[0]}? The pass key of {owners[0]} is"
-        else:
-            needles = [f"The pass key is {keys[0]}. Remember it. {keys[0]} is the pass key."]
-            ask = ASK
         documents = haystack.hide(needles, depths, HEAD)
         gold = haystack.gold(documents, needles[0])
-        yield Trial(documents, ask, (keys[0],), gold, True, f"depth {depth:.2f}")
+        yield Trial(documents, _ask(owners[0]), (keys[0],), gold, True, f"depth {depth:.2f}")
 
 
 def depth_of(index: int) -> float:
     """Return the depth of a trial: 0.05, 0.15 .. 0.95, again and again."""
     return (index % DEPTHS + 0.5) / DEPTHS
+
+
+def _needle(key: str, owner: str | None) -> str:
+    whose = f" of {owner}" if owner else ""
+    return f"The pass key{whose} is {key}. Remember it. {key} is the pass key{whose}."
+
+
+def _ask(owner: str | None) -> str:
+    return f"What is the pass key of {owner}? The pass key of {owner} is" if owner else ASK
