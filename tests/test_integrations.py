@@ -93,46 +93,6 @@ def test_langchain_stop_seed_and_cancel(make_engine):
     assert llm.invoke("who?") == text
 
 
-def test_llama_index_query_engine_answers_over_all_nodes(make_engine):
-    """A query engine hands over every node at once; text grows as deltas come; async does not differ."""
-    from llama_index.core import Document as Page
-    from llama_index.core import SummaryIndex
-
-    from focus_integrations.llama_index import FocusLLM
-
-    llm = FocusLLM(engine=make_engine(), max_tokens=6)
-    index = SummaryIndex.from_documents([Page(text=f"the cat {number} sat on the mat. " * 20) for number in range(5)])
-    response = index.as_query_engine(llm=llm).query("who sat?")
-    assert str(response)
-    assert len(response.source_nodes) == 5
-    streamed = index.as_query_engine(llm=llm, streaming=True).query("who sat?")
-    assert "".join(streamed.response_gen).strip() == str(response).strip()
-    assert str(asyncio.run(index.as_query_engine(llm=llm).aquery("who sat?"))) == str(response)
-
-
-def test_llama_index_completions(make_engine):
-    """complete == the end of stream_complete == acomplete; sources and usage are where callbacks look."""
-    from llama_index.core.llms import ChatMessage
-
-    from focus_integrations.llama_index import FocusLLM
-
-    llm = FocusLLM(engine=make_engine(), documents=["the dog ate the hat. " * 9], max_tokens=6)
-    whole = llm.complete("who?")
-    pieces = list(llm.stream_complete("who?"))
-    assert pieces[-1].text.strip() == "".join(piece.delta for piece in pieces).strip() == whole.text
-    assert asyncio.run(llm.acomplete("who?")).text == whole.text
-
-    async def collect():
-        return [piece async for piece in await llm.astream_complete("who?")]
-
-    assert asyncio.run(collect())[-1].text.strip() == whole.text
-    assert whole.additional_kwargs["sources"][0]["score"] > 0
-    assert whole.additional_kwargs["prompt_tokens"] > 20
-    assert llm.chat([ChatMessage(role="user", content="who?")]).message.content == whole.text
-    assert llm.complete(LONG).additional_kwargs["sources"]
-    assert llm.metadata.context_window > 100_000
-
-
 def test_engines_are_shared_and_loaded_once(monkeypatch):
     """Equal settings give the same engine; the loader runs once for each."""
     loaded = []

@@ -1,36 +1,80 @@
-"""Run FocusLLM as a LlamaIndex LLM: completions over documents and prompts of any length.
+"""Run FocusLLM as a LlamaIndex LLM: completions, conversations, tools and structured output over any amount of text.
 
-A query engine built on it may hand over as many nodes as it likes: what passes the window becomes memory chunks instead
-of being cut off. The model is loaded at first use and shared by the process.
+What does not fit the model's window becomes memory chunks instead of being cut off, and tool calls and structured
+output are held to their schema while they are generated. The model is loaded at first use and shared by the process.
+This module translates; the engine does the work.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
-from typing import Any
+import pickle
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from dataclasses import fields
+from typing import Any, Self, cast
 
+import psutil
+import torch
 from llama_index.core.base.llms.types import (
     ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
     CompletionResponse,
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
+    MessageRole,
 )
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
-from llama_index.core.llms.callbacks import llm_completion_callback
-from llama_index.core.llms.custom import CustomLLM
+from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr
+from llama_index.core.instrumentation.events.llm import (
+    LLMStructuredPredictEndEvent,
+    LLMStructuredPredictStartEvent,
+)
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.program.utils import process_streaming_objects
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.tools.types import BaseTool
+from llama_index.core.types import Model, PydanticProgramMode
+from llama_index_instrumentation import get_dispatcher
 
-from focus_core.engine import Answer, AnswerStream, FocusEngine
+from focus_core.chat import Message, ToolCallParser
+from focus_core.config import DecodeConfig
+from focus_core.corpus import Document
+from focus_core.engine import AnswerStream, FocusEngine
+from focus_core.errors import ConfigError
 from focus_core.memory import Memory
-from focus_integrations._engines import MemoryHolder, shared_engine, source_dicts, start, to_documents
+from focus_integrations import _async
+from focus_integrations._engines import MemoryHolder, shared_engine, to_documents
+from focus_integrations._engines import start as start_prompt
+from focus_integrations.llama_index._messages import (
+    blocks_of,
+    citations_of,
+    logprobs_of,
+    raw_of,
+    request_name,
+    stripped,
+    to_messages,
+    to_tool_choice,
+    to_tools,
+    usage_of,
+)
 
-CAPACITY = 1_000_000
-"""Tokens that a prompt may have: memory has no window, so this is what a laptop's RAM holds of chunk KV."""
+_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logprobs")
+_OPTIONS = frozenset(field.name for field in fields(DecodeConfig))
+_CITATIONS = 5
+
+MemorySource = Memory | Callable[[], Memory | None]
+dispatcher = get_dispatcher(__name__)
 
 
-class FocusLLM(CustomLLM):
-    """A local model that reads documents and prompts longer than its window.
+class FocusLLM(FunctionCallingLLM):
+    """A local model that reads documents and conversations longer than its window.
+
+    Every field of :class:`~focus_core.config.DecodeConfig` may also be given per call, and so may ``documents``,
+    ``template``, ``max_sources`` and ``schema`` (a JSON schema that the answer must be a value of).
 
     Example:
         >>> from focus_integrations.llama_index import FocusLLM
@@ -45,18 +89,29 @@ class FocusLLM(CustomLLM):
         default=None, description="What every call reads: path, texts, documents or nodes.", exclude=True
     )
     memory_path: str | None = Field(default=None, description="Folder of a saved memory to read.")
-    template: str = Field(default="chat", description="chat, question (short answers) or raw.")
+    template: str = Field(default="chat", description="For completions: chat, question (short answers) or raw.")
     max_tokens: int = Field(default=128, description="Most tokens of an answer.")
     temperature: float = Field(default=0.0, description="0 is greedy.")
-    seed: int | None = Field(default=None, description="Makes sampling reproducible.")
+    top_p: float = Field(default=1.0, description="Sample from the likeliest tokens that make up this probability.")
+    top_k: int = Field(default=0, description="Sample from the k likeliest tokens; 0 means all.")
+    min_p: float = Field(default=0.0, description="Leave out tokens less likely than this share of the likeliest.")
+    repetition_penalty: float = Field(default=1.0, description="Above 1 discourages repetition.")
+    seed: int | None = Field(default=None, description="Makes sampling reproducible, per request.")
+    stop: list[str] | None = Field(default=None, description="Strings that end an answer.")
+    logprobs: int = Field(default=0, description="Alternatives to report per token; 0 reports none.")
+    max_sources: int | None = Field(default=10, description="Documents to name per answer, best first; None: all.")
     chunk_size: int | None = Field(default=None, description="Most tokens of a chunk.")
     device: str | None = Field(default=None, description="cpu or cuda.")
+    context_window: int | None = Field(
+        default=None, description="Tokens to report as capacity; what free memory holds as chunk KV if None."
+    )
 
     _engine: FocusEngine | None = PrivateAttr(default=None)
+    _source: MemorySource | None = PrivateAttr(default=None)
+    _capacity: int | None = PrivateAttr(default=None)
     _holder: MemoryHolder = PrivateAttr(default_factory=MemoryHolder)
 
     def __init__(self, *, engine: FocusEngine | None = None, **values: Any) -> None:
-        values.setdefault("messages_to_prompt", messages_to_prompt)
         super().__init__(**values)
         self._engine = engine
 
@@ -66,92 +121,383 @@ class FocusLLM(CustomLLM):
         return "FocusLLM"
 
     @property
+    def engine(self) -> FocusEngine:
+        """The loaded engine; the process's for these settings."""
+        return self._engine or shared_engine(self.model, self.adapter, self.chunk_size, self.device)
+
+    @property
     def metadata(self) -> LLMMetadata:
-        """Tell how much a prompt may hold: memory plus local context."""
+        """Tell how much a prompt may hold (memory plus local context) and what the model can do."""
+        if self._capacity is None:
+            self._capacity = self.context_window or capacity(self.engine)
         return LLMMetadata(
-            context_window=CAPACITY,
+            context_window=self._capacity,
             num_output=self.max_tokens,
-            is_chat_model=False,
+            is_chat_model=True,
+            is_function_calling_model=True,
             model_name=self.model or "focusllm",
+            system_role=MessageRole.SYSTEM,
         )
+
+    def with_memory(self, memory: MemorySource, **changes: Any) -> Self:
+        """Return a model with this one's weights that reads ``memory`` in every call.
+
+        Args:
+            memory: a memory of this model's engine, or a function that returns the one of the moment.
+            **changes: fields to set.
+        """
+        copy = self.model_copy(update=changes)
+        copy._engine, copy._source = self.engine, memory
+        return copy
+
+    def get_num_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text."""
+        return self.engine.count_tokens(text)
+
+    # -- completions --------------------------------------------------------------------------------------------
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt of any length."""
-        with self._start(prompt, kwargs) as stream:
-            return _response(stream.answer)
+        return self._complete(prompt, formatted, kwargs)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
-        """Answer piece by piece: ``text`` grows, ``delta`` is new."""
-        stream = self._start(prompt, kwargs)
-
-        def pieces() -> CompletionResponseGen:
-            text = ""
-            with stream:
-                for piece in stream:
-                    text += piece
-                    yield CompletionResponse(text=text, delta=piece)
-                yield _response(stream.answer, text)
-
-        return pieces()
+        """Answer piece by piece: ``text`` grows, ``delta`` is new; the last item has usage and sources."""
+        return self._stream_complete(prompt, formatted, kwargs)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """Answer without blocking the event loop."""
-
-        def work() -> CompletionResponse:
-            with self._start(prompt, kwargs) as stream:
-                return _response(stream.answer)
-
-        return await asyncio.to_thread(work)
+        """Answer without blocking the event loop; cancelling the task stops the engine."""
+        return await _async.call(lambda cancelled: self._complete(prompt, formatted, kwargs, cancelled))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
-        """Stream without blocking the event loop."""
-        stream = await asyncio.to_thread(self._start, prompt, kwargs)
+        """Stream without blocking the event loop; closing the stream stops the engine."""
+        items = _async.iterate(lambda cancelled: self._stream_complete(prompt, formatted, kwargs, cancelled))
+        return cast(CompletionResponseAsyncGen, items)
 
-        async def pieces() -> CompletionResponseAsyncGen:
-            text, source = "", iter(stream)
-            try:
-                while (piece := await asyncio.to_thread(next, source, None)) is not None:
-                    text += piece
-                    yield CompletionResponse(text=text, delta=piece)
-                yield _response(stream.answer, text)
-            finally:
-                stream.cancel()
+    def _complete(
+        self, prompt: str, formatted: bool, kwargs: dict[str, Any], cancelled: threading.Event | None = None
+    ) -> CompletionResponse:
+        for last in self._stream_complete(prompt, formatted, kwargs, cancelled):
+            response = last
+        response.delta = None
+        return response
 
-        return pieces()
+    def _stream_complete(
+        self, prompt: str, formatted: bool, kwargs: dict[str, Any], cancelled: threading.Event | None = None
+    ) -> CompletionResponseGen:
+        if not formatted and self.completion_to_prompt is not None:
+            prompt = self.completion_to_prompt(prompt)
+        call = _Call(self, kwargs, cancelled)
+        text = ""
+        with call.prompt(prompt) as stream:
+            for piece in stripped(stream):
+                text += piece
+                yield CompletionResponse(text=text, delta=piece)
+            answer = stream.answer
+        yield CompletionResponse(
+            text=text,
+            delta="",
+            raw=raw_of(answer, call.max_sources),
+            logprobs=logprobs_of(answer, self.engine),
+            additional_kwargs=usage_of(answer),
+        )
 
-    def _start(self, prompt: str, kwargs: dict[str, Any]) -> AnswerStream:
-        names = ("max_tokens", "temperature", "seed")
-        options = {name: kwargs.get(name, getattr(self, name)) for name in names} | {"stop": kwargs.get("stop") or ()}
-        extra = to_documents(kwargs["documents"]) if kwargs.get("documents") else []
-        return start(self._get_engine(), prompt, self._get_memory(), extra, template=self.template, **options)
+    # -- conversations ------------------------------------------------------------------------------------------
 
-    def _get_engine(self) -> FocusEngine:
-        return self._engine or shared_engine(self.model, self.adapter, self.chunk_size, self.device)
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer the last message of a conversation of any length."""
+        return self._chat(messages, kwargs)
 
-    def _get_memory(self) -> Memory | None:
-        return self._holder.get(self._get_engine(), self.documents, self.memory_path)
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """Answer piece by piece: the message grows, ``delta`` is new; the last item has usage and sources."""
+        return self._stream_chat(messages, kwargs)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer without blocking the event loop; cancelling the task stops the engine."""
+        return await _async.call(lambda cancelled: self._chat(messages, kwargs, cancelled))
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        """Stream without blocking the event loop; closing the stream stops the engine."""
+        items = _async.iterate(lambda cancelled: self._stream_chat(messages, kwargs, cancelled))
+        return cast(ChatResponseAsyncGen, items)
+
+    def _chat(
+        self, messages: Sequence[ChatMessage], kwargs: dict[str, Any], cancelled: threading.Event | None = None
+    ) -> ChatResponse:
+        for last in self._stream_chat(messages, kwargs, cancelled):
+            response = last
+        response.delta = None
+        return response
+
+    def _stream_chat(
+        self, messages: Sequence[ChatMessage], kwargs: dict[str, Any], cancelled: threading.Event | None = None
+    ) -> ChatResponseGen:
+        call = _Call(self, kwargs, cancelled)
+        turns, documents = to_messages(messages)
+        parser = ToolCallParser(request_name(turns))
+        text = ""
+        with call.conversation(turns, documents) as stream:
+            for piece in stripped(_texts(stream, parser if call.tools else None)):
+                text += piece
+                yield ChatResponse(message=_message(blocks_of(text, parser.calls)), delta=piece)
+            answer = stream.answer
+        blocks = blocks_of(text, parser.calls, citations_of(answer, documents, _CITATIONS))
+        yield ChatResponse(
+            message=_message(blocks),
+            delta="",
+            raw=raw_of(answer, call.max_sources),
+            logprobs=logprobs_of(answer, self.engine),
+            additional_kwargs=usage_of(answer),
+        )
+
+    # -- tools --------------------------------------------------------------------------------------------------
+
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        tool_choice: str | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return the arguments of :meth:`chat`."""
+        if isinstance(user_msg, str):
+            user_msg = ChatMessage(role=MessageRole.USER, content=user_msg)
+        return {
+            "messages": [*(chat_history or []), *([user_msg] if user_msg is not None else [])],
+            "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools],
+            "tool_choice": to_tool_choice(tool_choice, tool_required) if tools else "none",
+            "parallel_tool_calls": allow_parallel_tool_calls,
+            **kwargs,
+        }
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        """Return the tool calls of a response.
+
+        Raises:
+            ValueError: there is none and ``error_on_no_tool_call`` is set.
+        """
+        calls = [block for block in response.message.blocks if block.block_type == "tool_call"]
+        if not calls and error_on_no_tool_call:
+            raise ConfigError(
+                f"the model called no tool, it wrote {response.message.content!r}; pass tool_required=True to hold it "
+                "to a call"
+            )
+        return [
+            ToolSelection(tool_id=call.tool_call_id or "", tool_name=call.tool_name, tool_kwargs=call.tool_kwargs)  # type: ignore[arg-type]
+            for call in calls
+        ]
+
+    # -- structured output --------------------------------------------------------------------------------------
+
+    def structured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Model:
+        """Answer with an object of a pydantic class; the JSON is held to its schema while it is generated.
+
+        Args:
+            output_cls: class of the answer.
+            prompt: template of the question.
+            llm_kwargs: options of the call.
+            **prompt_args: for the template.
+
+        Raises:
+            ConfigError: the class has no usable schema, or ``max_tokens`` is too small for it.
+            ValidationError: a rule that no JSON schema can state does not hold.
+        """
+        if not self._holds_schemas:
+            return cast(Model, super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args))
+        dispatcher.event(_structured_start(output_cls, prompt, prompt_args))
+        response = self.chat(self._get_messages(prompt, **prompt_args), **_schema_options(output_cls, llm_kwargs))
+        result: Model = output_cls.model_validate_json(response.message.content or "")
+        dispatcher.event(LLMStructuredPredictEndEvent(output=result))
+        return result
+
+    async def astructured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Model:
+        """Like :meth:`structured_predict`, without blocking the event loop."""
+        if not self._holds_schemas:
+            return cast(Model, await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args))
+        dispatcher.event(_structured_start(output_cls, prompt, prompt_args))
+        messages = self._get_messages(prompt, **prompt_args)
+        response = await self.achat(messages, **_schema_options(output_cls, llm_kwargs))
+        result: Model = output_cls.model_validate_json(response.message.content or "")
+        dispatcher.event(LLMStructuredPredictEndEvent(output=result))
+        return result
+
+    def _structured_stream_call(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Generator[Any, None, None]:
+        """Yield objects whose fields fill up; the base class sends the events."""
+        if not self._holds_schemas:
+            yield from super()._structured_stream_call(output_cls, prompt, llm_kwargs, **prompt_args)
+            return
+        found: Any = None
+        messages = self._get_messages(prompt, **prompt_args)
+        for part in self.stream_chat(messages, **_schema_options(output_cls, llm_kwargs)):
+            found = process_streaming_objects(part, output_cls, [found] if found is not None else None)
+            yield found
+
+    async def _structured_astream_call(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> AsyncGenerator[Any, None]:
+        """Like :meth:`_structured_stream_call`, without blocking the event loop."""
+        if not self._holds_schemas:
+            return await super()._structured_astream_call(output_cls, prompt, llm_kwargs, **prompt_args)
+
+        async def objects() -> AsyncGenerator[Any, None]:
+            found: Any = None
+            messages = self._get_messages(prompt, **prompt_args)
+            async for part in await self.astream_chat(messages, **_schema_options(output_cls, llm_kwargs)):
+                found = process_streaming_objects(part, output_cls, [found] if found is not None else None)
+                yield found
+
+        return objects()
+
+    @property
+    def _holds_schemas(self) -> bool:
+        return self.pydantic_program_mode in (PydanticProgramMode.DEFAULT, PydanticProgramMode.FUNCTION)
+
+    # -- copies -------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave weights and memories behind: a copy from a pickle finds its engine by its settings."""
+        return {"__dict__": {name: value for name, value in self.__dict__.items() if _pickles(value)}}
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Share weights and memory with the original."""
+        return self.model_copy()
 
 
-def messages_to_prompt(messages: Sequence[ChatMessage]) -> str:
-    """Join chat messages into one prompt; a single message is taken as it is."""
-    if len(messages) == 1:
-        return messages[0].content or ""
-    return "\n\n".join(f"{message.role.value}: {message.content or ''}" for message in messages)
+class _Call:
+    """One request: what a model and its arguments ask for."""
+
+    def __init__(self, llm: FocusLLM, kwargs: dict[str, Any], cancelled: threading.Event | None) -> None:
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        self.engine = llm.engine
+        self.cancelled = cancelled or threading.Event()
+        self.template = given.pop("template", llm.template)
+        self.max_sources = kwargs.get("max_sources", llm.max_sources)
+        given.pop("max_sources", None)
+        self.tools = to_tools(given.pop("tools", ()))
+        self.tool_choice = to_tool_choice(given.pop("tool_choice", None), bool(given.pop("tool_required", False)))
+        self.parallel = bool(given.pop("parallel_tool_calls", given.pop("allow_parallel_tool_calls", True)))
+        self.schema = given.pop("schema", None)
+        self.documents = to_documents(given.pop("documents")) if given.get("documents") else []
+        self.options = {name: getattr(llm, name) for name in _SAMPLING} | {"stop": tuple(llm.stop or ())} | given
+        unknown = sorted(set(self.options) - _OPTIONS)
+        if unknown:
+            raise ConfigError(
+                f"FocusLLM does not know the option {unknown[0]!r}; it knows {', '.join(sorted(_OPTIONS))}"
+            )
+        source = llm._source
+        bound = source() if callable(source) else source
+        self.memory = bound if source is not None else llm._holder.get(self.engine, llm.documents, llm.memory_path)
+
+    def prompt(self, prompt: str) -> AnswerStream:
+        """Begin an answer to a prompt of any length."""
+        if self.template == "chat" or self.schema is not None:
+            return self.conversation([Message("user", prompt)], [])
+        return start_prompt(
+            self.engine,
+            prompt,
+            self.memory,
+            self.documents,
+            template=self.template,
+            cancelled=self.cancelled,
+            **self.options,
+        )
+
+    def conversation(self, messages: list[Message], documents: list[Document]) -> AnswerStream:
+        """Begin an answer to a conversation of any length."""
+        return self.engine.chat(
+            messages,
+            self._memory_with([*self.documents, *documents]),
+            tools=self.tools,
+            tool_choice=self.tool_choice,
+            parallel=self.parallel,
+            schema=self.schema,
+            cancelled=self.cancelled,
+            **self.options,
+        )
+
+    def _memory_with(self, documents: list[Document]) -> Memory | None:
+        if not documents:
+            return self.memory
+        held = self.memory
+        memory = held.subset([item.id for item in held.documents]) if held else Memory(self.engine.encoder)
+        memory.add(documents)
+        return memory
 
 
-def _response(answer: Answer, text: str | None = None) -> CompletionResponse:
-    usage = {
-        "prompt_tokens": answer.usage.local + answer.usage.memory,
-        "completion_tokens": answer.usage.generated,
-        "total_tokens": answer.usage.local + answer.usage.memory + answer.usage.generated,
-    }
-    return CompletionResponse(
-        text=answer.text if text is None else text,
-        delta="" if text is not None else None,
-        raw={"usage": usage, "finish_reason": answer.finish_reason},
-        additional_kwargs={**usage, "sources": source_dicts(answer)},
-    )
+def capacity(engine: FocusEngine) -> int:
+    """Return the tokens that memory and window hold: half of the memory that is free now, as chunk KV.
+
+    This is what fits, not what an adapter answers well over; docs/experiments.md has what was measured.
+    """
+    base = engine.base
+    per_token = 2 * (base.num_layers - 1) * base.num_kv_heads * base.head_dim * base.dtype.itemsize
+    on_gpu = base.device.type == "cuda"
+    free = torch.cuda.mem_get_info(base.device)[0] if on_gpu else psutil.virtual_memory().available
+    return int(free // 2 // per_token) + engine.config.window
+
+
+def _texts(stream: AnswerStream, parser: ToolCallParser | None) -> Iterator[str]:
+    """Yield text; with a parser, tool calls in it go to the parser instead."""
+    if parser is None:
+        yield from stream
+        return
+    for piece in stream:
+        yield from (delta.text for delta in parser.push(piece) if delta.text)
+    yield from (delta.text for delta in parser.finish() if delta.text)
+
+
+def _message(blocks: list[Any]) -> ChatMessage:
+    return ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks)
+
+
+def _schema_options(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    ours = ("tools", "tool_choice", "tool_required", "allow_parallel_tool_calls")
+    given = {name: value for name, value in (llm_kwargs or {}).items() if name not in ours}
+    return {**given, "schema": output_cls.model_json_schema()}
+
+
+def _structured_start(output_cls: Any, prompt: Any, prompt_args: dict[str, Any]) -> LLMStructuredPredictStartEvent:
+    return LLMStructuredPredictStartEvent(output_cls=output_cls, template=prompt, template_args=prompt_args)
+
+
+def _pickles(value: Any) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:  # whatever a foreign object raises
+        return False
+    return True

@@ -1,0 +1,228 @@
+"""Turn LlamaIndex chat messages into core messages, and the engine's output back into LlamaIndex responses.
+
+Text is read; citable content and documents become documents for memory instead of prompt text; what cannot be read is
+refused by name. Nothing is generated here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from llama_index.core.base.llms.types import (
+    CachePoint,
+    ChatMessage,
+    CitableBlock,
+    CitationBlock,
+    ContentBlock,
+    DocumentBlock,
+    LogProb,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+)
+
+from focus_core.chat import Message, Role, Tool, ToolCall
+from focus_core.corpus import Document
+from focus_core.engine import Answer, FocusEngine
+from focus_core.errors import ConfigError, NotTextError
+
+_ROLES: dict[MessageRole, Role] = {
+    MessageRole.SYSTEM: "system",
+    MessageRole.DEVELOPER: "system",
+    MessageRole.USER: "user",
+    MessageRole.ASSISTANT: "assistant",
+    MessageRole.CHATBOT: "assistant",
+    MessageRole.MODEL: "assistant",
+    MessageRole.TOOL: "tool",
+    MessageRole.FUNCTION: "tool",
+}
+
+
+# -- in ---------------------------------------------------------------------------------------------------------
+
+
+def to_messages(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[Document]]:
+    """Return a conversation and the documents that its blocks carry.
+
+    Args:
+        messages: oldest first.
+
+    Raises:
+        ConfigError: a block is no text (image, audio, video).
+        NotTextError: a document block holds no UTF-8 text.
+    """
+    found: list[Message] = []
+    documents: dict[str, Document] = {}
+    for message in messages:
+        texts: list[str] = []
+        calls: list[ToolCall] = []
+        for block in message.blocks:
+            if isinstance(block, TextBlock):
+                texts.append(block.text)
+            elif isinstance(block, ToolCallBlock):
+                calls.append(ToolCall(block.tool_call_id or "", block.tool_name, _arguments(block.tool_kwargs)))
+            elif isinstance(block, (CitableBlock, DocumentBlock)):
+                document = _document(block)
+                documents[document.id] = document
+            elif not isinstance(block, (ThinkingBlock, CitationBlock, CachePoint)):
+                raise ConfigError(
+                    f"FocusLLM reads text; a message of role {message.role.value!r} holds a {type(block).__name__}"
+                )
+        extra = message.additional_kwargs
+        found.append(
+            Message(
+                _ROLES[message.role],
+                "\n".join(texts),
+                tuple(calls),
+                extra.get("tool_call_id"),
+                extra.get("name"),
+            )
+        )
+    return found, list(documents.values())
+
+
+def to_tools(tools: Iterable[dict[str, Any]]) -> list[Tool]:
+    """Return core tools of tools in the form that OpenAI's API takes.
+
+    Raises:
+        ConfigError: one of them has no name, or its parameters are no object schema.
+    """
+    found = []
+    for tool in tools:
+        function = tool.get("function", tool)
+        parameters = function.get("parameters") or {"type": "object", "properties": {}}
+        found.append(Tool(function.get("name", ""), function.get("description") or "", parameters))
+    return found
+
+
+def to_tool_choice(choice: str | dict[str, Any] | None, required: bool) -> str:
+    """Return ``auto``, ``none``, ``required`` or a tool's name for what frameworks pass as ``tool_choice``."""
+    if isinstance(choice, dict):
+        choice = str(choice.get("function", choice).get("name", "required"))
+    if choice in (None, "auto"):
+        return "required" if required else "auto"
+    return "required" if choice == "any" else str(choice)
+
+
+def request_name(messages: Sequence[Message]) -> str:
+    """Return a hash of a conversation, from which ids of its tool calls are made."""
+    digest = hashlib.sha256(json.dumps([asdict(message) for message in messages], default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def _arguments(arguments: dict[str, Any] | str) -> dict[str, Any]:
+    if isinstance(arguments, dict):
+        return arguments
+    try:
+        value = json.loads(arguments or "{}")
+    except ValueError as error:
+        raise ConfigError(f"the arguments of a tool call must be a JSON object; got {arguments!r}") from error
+    return value if isinstance(value, dict) else {"value": value}
+
+
+def _document(block: CitableBlock | DocumentBlock) -> Document:
+    if isinstance(block, CitableBlock):
+        texts = []
+        for part in block.content:
+            if isinstance(part, TextBlock):
+                texts.append(part.text)
+            elif isinstance(part, DocumentBlock):
+                texts.append(_document(part).text)
+            else:
+                raise ConfigError(f"FocusLLM reads text; the citable {block.title!r} holds a {type(part).__name__}")
+        name = block.source or block.title
+        return Document(name, "\n\n".join(texts), {"title": block.title, "source": block.source})
+    name = str(block.path or block.url or block.title or "document")
+    data = block.resolve_document().read()
+    try:
+        text = data.decode("utf-8-sig") if b"\0" not in data else None
+    except UnicodeDecodeError:
+        text = None
+    if text is None:
+        raise NotTextError(f"the document block {name!r} holds no UTF-8 text; convert it to text first")
+    return Document(name, text, {"title": block.title or name, "source": name})
+
+
+# -- out --------------------------------------------------------------------------------------------------------
+
+
+def stripped(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield pieces so that they join to the stripped text."""
+    begun, held = False, ""
+    for piece in pieces:
+        text = held + piece if begun else piece.lstrip()
+        begun = begun or bool(text)
+        kept = text.rstrip()
+        held = text[len(kept) :]
+        if kept:
+            yield kept
+
+
+def blocks_of(text: str, calls: Sequence[ToolCall], citations: Sequence[CitationBlock] = ()) -> list[ContentBlock]:
+    """Return the blocks of an assistant's message."""
+    found: list[ContentBlock] = [TextBlock(text=text)] if text or not calls else []
+    found += [ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=call.arguments) for call in calls]
+    return [*found, *citations]
+
+
+def citations_of(answer: Answer, documents: Sequence[Document], limit: int) -> list[CitationBlock]:
+    """Return the best passages of the documents that a request's blocks carried, with their exact places."""
+    titles = {document.id: str(document.metadata["title"]) for document in documents}
+    return [
+        CitationBlock(
+            cited_content=TextBlock(text=passage.text),
+            source=passage.document_id,
+            title=titles[passage.document_id],
+            additional_location_info={"start": passage.start, "end": passage.end},
+        )
+        for passage in answer.passages
+        if passage.document_id in titles
+    ][:limit]
+
+
+def usage_of(answer: Answer) -> dict[str, int]:
+    """Return token counts under the names that LlamaIndex reads; the memory's tokens are part of the prompt."""
+    prompt = answer.usage.local + answer.usage.memory
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer.usage.generated,
+        "total_tokens": prompt + answer.usage.generated,
+    }
+
+
+def raw_of(answer: Answer, max_sources: int | None) -> dict[str, Any]:
+    """Return what an answer was made of, in plain JSON types.
+
+    Args:
+        answer: finished.
+        max_sources: documents to name, best first; ``None`` names all.
+    """
+    return {
+        "usage": usage_of(answer),
+        "finish_reason": answer.finish_reason,
+        "focus": {
+            "chunks": answer.usage.chunks,
+            "memory_tokens": answer.usage.memory,
+            "local_tokens": answer.usage.local,
+            "sources": [asdict(item) for item in answer.evidence[:max_sources]],
+        },
+    }
+
+
+def logprobs_of(answer: Answer, engine: FocusEngine) -> list[list[LogProb]] | None:
+    """Return, per token, the chosen one and its alternatives; ``None`` where none were asked for."""
+    if not any(token.top for token in answer.tokens):
+        return None
+    decode = engine.tokenizer.decode
+    return [
+        [
+            LogProb(token=decode([token.id]), logprob=token.logprob),
+            *(LogProb(token=decode([other]), logprob=value) for other, value in token.top if other != token.id),
+        ]
+        for token in answer.tokens
+    ]

@@ -1,0 +1,69 @@
+"""Rank the nodes of a :class:`FocusMemoryIndex` by the attention that a question gives them.
+
+All nodes are read to find the best, so this is no cheap first stage; it shows what the model would use, and lets
+engines that want nodes stand on a memory. It answers nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.callbacks.base import CallbackManager
+from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.vector_stores.types import MetadataFilters
+
+from focus_integrations.llama_index._nodes import scored_nodes
+from focus_integrations.llama_index._selection import Selection
+from focus_integrations.llama_index.llm import FocusLLM
+
+if TYPE_CHECKING:
+    from focus_integrations.llama_index.index import FocusMemoryIndex
+
+
+class FocusRetriever(BaseRetriever):
+    """Returns nodes with the share of attention that they received, best first.
+
+    Args:
+        index: whose memory is read.
+        llm: model that reads; the index's if not given.
+        similarity_top_k: most nodes to return; ``None`` returns all.
+        filters: metadata filters that choose the nodes to read.
+        doc_ids: documents to read.
+        probe_tokens: tokens of an answer over which attention is added up; more are slower and steadier.
+        callback_manager: of the retriever.
+        **options: more options of the model's call.
+    """
+
+    def __init__(
+        self,
+        index: FocusMemoryIndex,
+        llm: FocusLLM | None = None,
+        *,
+        similarity_top_k: int | None = 10,
+        filters: MetadataFilters | None = None,
+        doc_ids: Sequence[str] | None = None,
+        probe_tokens: int = 1,
+        callback_manager: CallbackManager | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(callback_manager=callback_manager or index._callback_manager)
+        self.index, self.llm, self.similarity_top_k = index, llm or index.llm, similarity_top_k
+        self.selection = Selection(index, filters, doc_ids)
+        self.options = {"template": "question", **options, "max_tokens": probe_tokens}
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        reader = self._reader()
+        return self._nodes(reader.complete(query_bundle.query_str, **self.options)) if reader else []
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        reader = self._reader()
+        return self._nodes(await reader.acomplete(query_bundle.query_str, **self.options)) if reader else []
+
+    def _reader(self) -> FocusLLM | None:
+        memory = self.selection.memory()
+        return self.llm.with_memory(memory, max_sources=self.similarity_top_k) if len(memory) else None
+
+    def _nodes(self, completion: Any) -> list[NodeWithScore]:
+        return scored_nodes(completion.raw["focus"]["sources"], self.index.node, self.similarity_top_k)
