@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,7 +15,11 @@ from rich.table import Table
 from focus_core.cli._shared import Adapter, Base, Device, app, note, numbers, open_engine, progress
 from focus_core.errors import ConfigError
 
-OWN_TABLES = {"heads": "which heads name the source"}
+if TYPE_CHECKING:
+    from focus_core.evaluation.methods import Method
+    from focus_core.evaluation.tables import Plan
+
+OWN_TABLES = ("perplexity", "heads")
 
 
 @app.command(name="eval")
@@ -29,15 +32,17 @@ def evaluate(
     file: Annotated[Path | None, typer.Option(help="Data of the task, plain or gzipped.")] = None,
     filler: Annotated[Path | None, typer.Option(help="Natural text to hide things in. [default: repeated]")] = None,
     distractors: Annotated[int, typer.Option(help="Passkey: keys of others beside the wanted one.")] = 0,
-    trials: Annotated[int, typer.Option(help="Trials of each row.")] = 20,
+    given: Annotated[int, typer.Option(help="Perplexity: local tokens before the 256 that are scored.")] = 256,
+    trials: Annotated[int, typer.Option(help="Trials of each row; texts, for perplexity.")] = 20,
     methods: Annotated[str, typer.Option(help="Such as focusllm,focusllm:reread=2,truncated,bm25.")] = "focusllm",
     seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
     base: Base = None,
     adapter: Adapter = None,
     device: Device = None,
 ) -> None:
-    """Make a table of results; run it again to resume."""
+    """Make a table of results; run it again to resume. Tasks and methods are in docs/evaluation.md."""
     from focus_core.evaluation.methods import parse_methods
+    from focus_core.evaluation.tables import make_plans
     from focus_core.evaluation.tasks import TASKS, TaskOptions
 
     if task not in TASKS and task not in OWN_TABLES:
@@ -50,7 +55,13 @@ def evaluate(
     if task == "heads":
         _choose_heads(engine, options, numbers(documents)[0], output)
         return
-    _run_task(engine, task, options, asked, lengths, documents, chunk_sizes, output)
+    sizes = numbers(chunk_sizes) if chunk_sizes else None
+    varies = TASKS[task].varies if task in TASKS else "lengths"
+    plans = list(make_plans(engine, task, varies, options, numbers(lengths), numbers(documents), sizes))
+    if task == "perplexity":
+        _run_perplexity(plans, given, max(numbers(lengths)), output)
+    else:
+        _run_task(task, plans, asked, output)
 
 
 @app.command()
@@ -73,72 +84,66 @@ def bench(
         console.print(f"{line.measure}: {line.first}, {line.second}: {line.ratio:.2f} times", soft_wrap=True)
 
 
-def _run_task(
-    engine: Any,
-    name: str,
-    options: Any,
-    methods: list[Any],
-    lengths: str,
-    documents: str,
-    chunk_sizes: str | None,
-    output: Path,
-) -> None:
+def _run_task(name: str, plans: list[Plan], methods: list[Method], output: Path) -> None:
     from focus_core.evaluation.cache import ChunkCache
     from focus_core.evaluation.runner import run
+    from focus_core.evaluation.tables import HEADER, row_cells
     from focus_core.evaluation.tasks import TASKS
 
-    task, rows = TASKS[name], []
-    for size in numbers(chunk_sizes) if chunk_sizes else [engine.config.chunk_size]:
-        model = engine if size == engine.config.chunk_size else engine.with_config(chunk_size=size)
-        for label, changes in _variants(task.varies, numbers(lengths), numbers(documents)):
-            made = replace(options, chunk_size=size, **changes)
-            title = _title(name, made, label, f"c{size}" if chunk_sizes else "")
-            cache = ChunkCache()
-            for method in methods:
-                with progress(f"{title} {method.text}", options.trials) as bar:
-                    rows.append(
-                        run(
-                            model,
-                            title,
-                            task.make(made),
-                            method,
-                            task.max_tokens,
-                            output,
-                            partial(_advance, bar),
-                            settings=made.facts(),
-                            cache=cache,
-                        )
-                    )
-    _print_table(rows, engine.info.trained.get("max_chunks"))
+    rows = []
+    for plan in plans:
+        cache = ChunkCache()
+        for method in methods:
+            with progress(f"{plan.title} {method.text}", plan.options.trials) as bar:
+                row = run(
+                    plan.engine,
+                    plan.title,
+                    TASKS[name].make(plan.options),
+                    method,
+                    TASKS[name].max_tokens,
+                    output,
+                    partial(_advance, bar),
+                    settings=plan.options.facts(),
+                    cache=cache,
+                )
+            rows.append(row)
+    _show(output / f"{name}.md", HEADER, [row_cells(row) for row in rows], plans)
 
 
-def _variants(varies: str, lengths: list[int], documents: list[int]) -> list[tuple[str, dict[str, int]]]:
-    if varies == "lengths":
-        return [(str(tokens), {"tokens": tokens}) for tokens in lengths]
-    if varies == "documents":
-        return [(str(count), {"documents": count}) for count in documents]
-    return [("", {})]
+def _run_perplexity(plans: list[Plan], given: int, longest: int, output: Path) -> None:
+    from focus_core.evaluation.perplexity import Known, read_windows, run_perplexity
+    from focus_core.evaluation.tables import PERPLEXITY_HEADER, perplexity_cells
+
+    first = plans[0].options
+    windows = list(read_windows([first.needed_file], first.tokenizer, longest, first.trials, first.seed))
+    rows, known = [], Known()
+    for plan in plans:
+        with progress(plan.title, len(windows)) as bar:
+            row = run_perplexity(
+                plan.engine,
+                plan.title,
+                windows,
+                plan.options.tokens,
+                given,
+                output,
+                partial(_advance, bar),
+                settings=plan.options.facts(),
+                known=known,
+            )
+        rows.append(row)
+    _show(output / "perplexity.md", PERPLEXITY_HEADER, [perplexity_cells(row) for row in rows], plans)
 
 
-def _title(name: str, options: Any, label: str, size: str) -> str:
-    filler = "natural" if options.filler is not None else ""
-    keys = f"keys{options.distractors + 1}" if options.distractors else ""
-    return "-".join(part for part in (name, filler, keys, label, size) if part)
+def _show(path: Path, header: list[str], rows: list[list[str]], plans: list[Plan]) -> None:
+    from focus_core.evaluation.tables import trained_note, write_markdown
 
-
-def _print_table(rows: list[Any], trained: int | None) -> None:
-    table = Table("task", "method", "right", "95% interval", "F1", "recall", "k", "gold @1 @3 @5", "s/trial")
+    table = Table(*header)
     for row in rows:
-        low, high = row.interval
-        within = " ".join(f"{share:.0%}" for share in row.gold_within.values())
-        right = f"{row.right}/{row.trials}" + (f" ({row.skipped} do not fit)" if row.skipped else "")
-        table.add_row(
-            *(row.name, row.method, right, f"{low:.0%}-{high:.0%}", f"{row.f1:.2f}", f"{row.recall:.2f}"),
-            *(f"{row.chunks:.0f}" if row.chunks else "", within, f"{row.seconds:.1f}"),
-        )
-    Console(width=140).print(table)
-    if trained:
-        note.print(f"k seen in training: up to {trained}", style="dim")
+        table.add_row(*row)
+    Console(width=160).print(table)
+    trained = plans[0].engine.info.trained
+    write_markdown(path, header, rows, trained)
+    note.print(f"{trained_note(trained)}; table in {path}", style="dim")
 
 
 def _choose_heads(engine: Any, options: Any, documents: int, output: Path) -> None:

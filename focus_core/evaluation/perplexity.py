@@ -1,0 +1,295 @@
+"""Measure perplexity of the last tokens of long texts: with memory, without, and by the base on its own window.
+
+Candidates are renewed at every token (arXiv 2408.11745, section 3.1), in one masked pass instead of one sweep a token:
+the dense pass of training, chunk group by chunk group so that hundreds of chunks fit, and without gradient. It equals
+incremental decoding token for token. All lengths of a text share the same last tokens, so only memory differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from focus_core.chunking import cut
+from focus_core.engine import FocusEngine
+from focus_core.errors import ConfigError, EmptyCorpusError
+from focus_core.evaluation.files import read_documents
+from focus_core.evaluation.records import Record, RecordFile, engine_facts, machine_facts, write_metrics
+from focus_core.kv import Suffix
+from focus_core.parallel import ChunkRows, LocalRows, check_room, encode_chunks, local_start, sink_before, sweep
+from focus_core.tokenization import Encoded, TextTokenizer
+
+TARGETS = 256
+_ROWS_AT_ONCE = {"cpu": 4096, "cuda": 65536}
+
+
+@dataclass(frozen=True)
+class Window:
+    """The end of a text.
+
+    Args:
+        name: of the text and the place.
+        text: its characters.
+        encoded: its ids and offsets; they end with the targets.
+    """
+
+    name: str
+    text: str
+    encoded: Encoded
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the token ids."""
+        return hashlib.sha256(self.encoded.ids.tobytes()).hexdigest()[:16]
+
+    def end(self, tokens: int) -> Window:
+        """Return the last ``tokens`` tokens of this window."""
+        first = max(0, len(self.encoded.ids) - tokens)
+        at = int(self.encoded.starts[first])
+        part = Encoded(
+            self.encoded.ids[first:],
+            self.encoded.starts[first:] - at,
+            self.encoded.clean[first:],
+            self.encoded.length - at,
+        )
+        return Window(self.name, self.text[at:], part)
+
+
+@dataclass(frozen=True)
+class PerplexityRow:
+    """One line of the table: perplexities over the last tokens of all texts.
+
+    Args:
+        name: length and chunk size.
+        ratio: with memory divided by without; below 1 memory helps.
+        memory: perplexity with memory.
+        local: perplexity of the same local context without memory.
+        window: perplexity of the base on the last tokens that its window holds.
+        by_text: ratio of each text.
+        texts: how many.
+        chunks: mean k.
+        seconds: mean time of the pass with memory, chunks read anew.
+        settings: what made it.
+    """
+
+    name: str
+    ratio: float
+    memory: float
+    local: float
+    window: float
+    by_text: dict[str, float]
+    texts: int
+    chunks: float
+    seconds: float
+    settings: Record = field(default_factory=dict)
+
+
+def read_windows(
+    paths: Sequence[Path], tokenizer: TextTokenizer, tokens: int, count: int, seed: int = 0
+) -> Iterator[Window]:
+    """Yield ``count`` windows of ``tokens`` tokens, text after text, at places drawn from the seed.
+
+    Args:
+        paths: files, or folders of files; a text that is too short is left out, and if all are, they are joined.
+        tokenizer: of the base.
+        tokens: of each window.
+        count: how many.
+        seed: of the places.
+
+    Raises:
+        EmptyCorpusError: the texts hold fewer tokens than asked for.
+    """
+    texts = list(_texts(paths))
+    known: dict[str, Encoded] = {}
+    long = [name for name, text in texts if len(text) >= tokens and _fits(known, tokenizer, name, text, tokens)]
+    if not long:
+        texts = [("joined", "\n\n".join(text for _, text in texts))]
+        long = [name for name, text in texts if _fits(known, tokenizer, name, text, tokens)]
+    if not long:
+        raise EmptyCorpusError(
+            f"no text of {tokens} tokens in {', '.join(map(str, paths))}, not even joined; ask for shorter --lengths"
+        )
+    by_name = dict(texts)
+    for index in range(count):
+        name = long[index % len(long)]
+        encoded = known[name]
+        rng = random.Random(f"window/{seed}/{name}/{index // len(long)}")
+        stop = rng.randint(tokens, len(encoded.ids))
+        end = int(encoded.starts[stop]) if stop < len(encoded.ids) else encoded.length
+        part = Encoded(encoded.ids[:stop], encoded.starts[:stop], encoded.clean[:stop], end)
+        yield Window(f"{name}@{stop}", by_name[name][:end], part).end(tokens)
+
+
+@torch.no_grad()
+def memory_logits(
+    engine: FocusEngine,
+    chunks: Sequence[Sequence[int]],
+    ids: Sequence[int],
+    split: int,
+    rows_at_once: int | None = None,
+) -> Tensor:
+    """Return the logits of the last tokens of a local context over chunks, as incremental decoding gives them.
+
+    Args:
+        engine: base, adapter and settings.
+        chunks: token ids of each chunk, without sink.
+        ids: the local context; all of it before the last target is the dynamic prompt, as the answer grows.
+        split: number of the first target; tokens before it are given.
+        rows_at_once: candidate rows that run together; ``None`` chooses for the device.
+
+    Returns:
+        (len(ids) - split, vocabulary) float32: row t predicts token ``split + t``.
+    """
+    base, positions = engine.base, engine.config.positions
+    head = sink_before(ids, engine.sink)
+    tokens, none = torch.tensor(list(ids)), torch.empty(0, dtype=torch.long)
+    check_room(base, len(chunks), positions, len(head) + len(ids))
+    most = rows_at_once or _ROWS_AT_ONCE.get(base.device.type, 4096)
+    size = max(1, most // (len(ids) - split))
+    order = sorted(range(len(chunks)), key=lambda index: -len(chunks[index]))
+    visible = torch.arange(split - 1, len(ids) - 1)
+    groups = []
+    for start in range(0, len(order), size):
+        indices = order[start : start + size]
+        rows = [[*sink_before([], engine.sink), *chunks[index]] for index in indices]
+        batch = encode_chunks(base, rows)
+        suffix = Suffix(batch, len(ids))
+        before = ChunkRows(batch, suffix, indices, len(chunks), tokens[:-2], none, none)
+        sweep(base, engine.adapter, [[before]], (), positions)
+        groups.append(ChunkRows(batch, suffix, indices, len(chunks), none, tokens[split - 1 : -1], visible))
+    rows_local = torch.tensor([*head, *ids[:-1]])
+    start = local_start(len(chunks), positions)
+    local = LocalRows(rows_local, start, None, groups, shared_rows=len(head) + split)
+    hidden = sweep(base, engine.adapter, [[group] for group in groups], [local], positions)[0]
+    return base.logits(hidden[:, split - len(ids) :])[0].float()
+
+
+@torch.no_grad()
+def window_logits(engine: FocusEngine, ids: Sequence[int], targets: int) -> Tensor:
+    """Return the base's own (targets, vocabulary) logits of the last tokens of ``ids``, by transformers' forward."""
+    row = torch.tensor([[*sink_before(ids, engine.sink), *ids[:-1]]], device=engine.base.device)
+    logits: Tensor = engine.loaded.model(row, use_cache=False, logits_to_keep=targets).logits[0].float()
+    return logits
+
+
+Known = dict[str, tuple[float, float]]
+"""Losses of the base by window: they do not depend on the length of memory."""
+
+
+def measure_window(
+    engine: FocusEngine, window: Window, tokens: int, given: int, targets: int = TARGETS, known: Known | None = None
+) -> Record:
+    """Return the mean negative log-likelihoods of a window's last ``targets`` tokens.
+
+    Args:
+        engine: model under test.
+        window: of at least ``tokens`` tokens.
+        tokens: memory and local context together.
+        given: tokens of the local context before the targets.
+        targets: how many tokens are scored.
+        known: losses of the base; a missing one is computed and put in.
+    """
+    started = time.monotonic()
+    local = given + targets
+    if tokens <= local:
+        raise ConfigError(f"a length of {tokens} tokens leaves no memory beside {local} local tokens; ask for more")
+    whole = window.end(tokens)
+    ids = whole.encoded.ids.tolist()
+    places = whole.encoded
+    stop = len(ids) - local
+    before = Encoded(places.ids[:stop], places.starts[:stop], places.clean[:stop], int(places.starts[stop]))
+    chunks = [chunk.ids for chunk in cut("text", whole.text, before, engine.config.chunk_size)]
+    scored = torch.tensor(ids[-targets:], device=engine.base.device)
+
+    def nll(logits: Tensor) -> float:
+        return float(F.cross_entropy(logits, scored))
+
+    memory = nll(memory_logits(engine, chunks, ids[-local:], given))
+    seconds = round(time.monotonic() - started, 2)
+    known = {} if known is None else known
+    if window.fingerprint not in known:
+        longest = window.encoded.ids.tolist()[1 - engine.base.window :]
+        known[window.fingerprint] = (
+            nll(window_logits(engine, ids[-local:], targets)),
+            nll(window_logits(engine, longest, targets)),
+        )
+    return {
+        "text": window.name,
+        "memory": memory,
+        "local": known[window.fingerprint][0],
+        "window": known[window.fingerprint][1],
+        "chunks": len(chunks),
+        "seconds": seconds,
+    }
+
+
+def run_perplexity(
+    engine: FocusEngine,
+    name: str,
+    windows: Sequence[Window],
+    tokens: int,
+    given: int,
+    output: Path,
+    report: Callable[[Record], None] = lambda record: None,
+    *,
+    settings: Record | None = None,
+    known: Known | None = None,
+    targets: int = TARGETS,
+) -> PerplexityRow:
+    """Measure all windows, resumable like :func:`~focus_core.evaluation.runner.run`, and summarise.
+
+    Args:
+        engine: model under test.
+        name: of the files.
+        windows: from :func:`read_windows`, the same for all lengths.
+        tokens: memory and local context together.
+        given: tokens of the local context before the targets.
+        output: folder.
+        report: called with each record.
+        settings: what made the windows.
+        known: as in :func:`measure_window`; share it between lengths.
+        targets: how many tokens are scored.
+    """
+    settings = {**(settings or {}), "tokens": tokens, "given": given, "targets": targets}
+    file = RecordFile(output / f"{name}.jsonl", {"task": name, "settings": settings, **engine_facts(engine)})
+    records = []
+    for record in file.extend(
+        windows,
+        lambda window: window.fingerprint,
+        lambda window: measure_window(engine, window, tokens, given, targets, known),
+    ):
+        records.append(record)
+        report(record)
+
+    def mean(key: str) -> float:
+        return float(sum(record[key] for record in records)) / len(records)
+
+    memory, local, window = (math.exp(mean(key)) for key in ("memory", "local", "window"))
+    by_text = {record["text"]: math.exp(record["memory"] - record["local"]) for record in records}
+    row = PerplexityRow(
+        name, memory / local, memory, local, window, by_text, len(records), mean("chunks"), mean("seconds"), settings
+    )
+    facts = {"run": file.identity, "trained": engine.info.trained, **machine_facts(engine)}
+    write_metrics(output / f"{name}.json", {**asdict(row), **facts})
+    return row
+
+
+def _texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
+    for path in paths:
+        for file in sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]:
+            for index, text in enumerate(read_documents(file)):
+                yield f"{file.name.split('.')[0]}-{index}", text
+
+
+def _fits(known: dict[str, Encoded], tokenizer: TextTokenizer, name: str, text: str, tokens: int) -> bool:
+    known[name] = tokenizer.encode_with_offsets(text)
+    return len(known[name].ids) >= tokens

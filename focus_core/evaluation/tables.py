@@ -1,0 +1,119 @@
+"""Lay out what one command runs, and the table that it prints: rows of settings, columns of results, Markdown.
+
+Nothing is run here; the same cells go to the screen and into the Markdown file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from focus_core.engine import FocusEngine
+from focus_core.evaluation.perplexity import PerplexityRow
+from focus_core.evaluation.runner import Row
+from focus_core.evaluation.tasks import TaskOptions, Varies
+
+Cells = list[str]
+HEADER = ["task", "method", "right", "95% interval", "exact", "F1", "recall", "k", "gold @1 @3 @5", "s/trial"]
+PERPLEXITY_HEADER = ["task", "memory / local", "texts below 1", "memory", "local only", "base's window", "k", "s/text"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One setting of a task.
+
+    Args:
+        title: names files and rows.
+        engine: with the chunk size of the setting.
+        options: of the task.
+    """
+
+    title: str
+    engine: FocusEngine
+    options: TaskOptions
+
+
+def make_plans(
+    engine: FocusEngine,
+    task: str,
+    varies: Varies,
+    options: TaskOptions,
+    lengths: Sequence[int],
+    documents: Sequence[int],
+    chunk_sizes: Sequence[int] | None,
+) -> Iterator[Plan]:
+    """Yield every setting that a command asks for.
+
+    Args:
+        engine: under test.
+        task: its name.
+        varies: which of ``lengths`` and ``documents`` makes rows.
+        options: shared by all settings.
+        lengths: memory tokens.
+        documents: in memory.
+        chunk_sizes: ``None`` for the adapter's own, which titles then leave out.
+    """
+    changes: list[dict[str, Any]] = [{}]
+    if varies == "lengths":
+        changes = [{"tokens": tokens} for tokens in lengths]
+    elif varies == "documents":
+        changes = [{"documents": count} for count in documents]
+    for size in chunk_sizes or [engine.config.chunk_size]:
+        model = engine if size == engine.config.chunk_size else engine.with_config(chunk_size=size)
+        for change in changes:
+            made = replace(options, chunk_size=size, **change)
+            parts = [task, *_variant(made), *map(str, change.values()), *([f"c{size}"] if chunk_sizes else [])]
+            yield Plan("-".join(parts), model, made)
+
+
+def row_cells(row: Row) -> Cells:
+    """Return a row under :data:`HEADER`."""
+    low, high = row.interval
+    return [
+        row.name,
+        row.method,
+        f"{row.right}/{row.trials}" + (f" ({row.skipped} do not fit)" if row.skipped else ""),
+        f"{low:.0%}-{high:.0%}",
+        f"{row.exact:.2f}",
+        f"{row.f1:.2f}",
+        f"{row.recall:.2f}",
+        f"{row.chunks:.0f}" if row.chunks else "",
+        " ".join(f"{share:.0%}" for share in row.gold_within.values()),
+        f"{row.seconds:.1f}",
+    ]
+
+
+def perplexity_cells(row: PerplexityRow) -> Cells:
+    """Return a row under :data:`PERPLEXITY_HEADER`."""
+    better = sum(ratio < 1 for ratio in row.by_text.values())
+    return [
+        row.name,
+        f"{row.ratio:.3f}",
+        f"{better}/{row.texts}",
+        f"{row.memory:.2f}",
+        f"{row.local:.2f}",
+        f"{row.window:.2f}",
+        f"{row.chunks:.0f}",
+        f"{row.seconds:.0f}",
+    ]
+
+
+def write_markdown(path: Path, header: Cells, rows: Sequence[Cells], trained: dict[str, Any]) -> None:
+    """Write a table as Markdown, with the k that training has seen below it."""
+    lines = [header, ["---"] * len(header), *rows]
+    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{text}\n\n{trained_note(trained)}\n", encoding="utf-8")
+
+
+def trained_note(trained: dict[str, Any]) -> str:
+    """Return what to read the tested k beside."""
+    most = trained.get("max_chunks")
+    return f"k seen in training: up to {most}" if most else "k seen in training: not recorded"
+
+
+def _variant(options: TaskOptions) -> Cells:
+    natural = ["natural"] if options.filler is not None else []
+    return natural + ([f"keys{options.distractors + 1}"] if options.distractors else [])
