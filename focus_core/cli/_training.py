@@ -1,16 +1,23 @@
-"""Commands that train: train, export-adapter."""
+"""Commands that train: train, plot-loss, export-adapter."""
 
 from __future__ import annotations
 
 import json
 import time
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from focus_core.cli._shared import Base, Device, app, note, progress
+
+if TYPE_CHECKING:
+    from focus_core.config import TrainConfig
+    from focus_core.training.loop import StepReport
+
+_LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
 
 
 @app.command()
@@ -23,31 +30,28 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of the whole schedule.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the example stream.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between measurements of the held-out loss.")] = None,
     chunk_size: Annotated[int, typer.Option(help="Chunk size the adapter will be served with.")] = 512,
     max_minutes: Annotated[float | None, typer.Option(help="Stop after this long; run again to go on.")] = None,
     compact: Annotated[bool, typer.Option(help="Save the adapter as int8 differences.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, of the base. [default: what is fast]")] = None,
     device: Device = None,
 ) -> None:
-    """Train an adapter for a base; run it again with the same settings to resume."""
-    from focus_core.config import TrainConfig
-    from focus_core.hub import load_base
+    """Train an adapter for a base; run it again with the same settings to resume.
+
+    With `accelerate launch -m focus_core.cli train ...` many processes share each step.
+    """
     from focus_core.training.adapter import train_adapter
-    from focus_core.training.loop import StepReport
+    from focus_core.training.processes import Processes
+    from focus_core.training.stopping import StopOnSignal
 
-    values = json.loads(config.read_text()) if config else {}
-    given = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
-    settings = TrainConfig.from_dict(values | {name: value for name, value in given.items() if value is not None})
-    loaded = load_base(base, device=device, notice=note.print)
+    given = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "eval_every": eval_every}
+    settings = _settings(config, given)
+    processes = Processes(device)
+    loaded = _load(base, dtype, processes)
     end = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
-    losses: list[float] = []
-    with progress("training", settings.steps) as bar:
-
-        def report(step: StepReport) -> None:
-            losses.append(step.loss)
-            recent = sum(losses[-20:]) / len(losses[-20:])
-            bar(step.step, f"loss {recent:.3f}  {step.tokens / max(step.seconds, 1e-9):,.0f} tokens/s")
-
-        folder = train_adapter(
+    with StopOnSignal() as stop, _reporter(settings, processes.is_main) as report:
+        totals = train_adapter(
             loaded,
             data,
             output,
@@ -55,10 +59,25 @@ def train(
             init=init,
             chunk_size=chunk_size,
             compact=compact,
+            processes=processes,
             report=report,
-            stop=partial(_is_past, end),
+            stop=lambda: stop() or time.monotonic() >= end,
         )
-    note.print(f"adapter in {folder}; use it with --adapter {folder}")
+    if processes.is_main:
+        _tell(totals, settings, output)
+    if stop.signal is not None:
+        raise typer.Exit(128 + stop.signal)
+
+
+@app.command(name="plot-loss")
+def plot(
+    run: Annotated[Path, typer.Argument(help="The --output folder of a training run.")],
+    picture: Annotated[Path | None, typer.Option(help="File to write. [default: loss.png in the run]")] = None,
+) -> None:
+    """Draw the losses of a training run."""
+    from focus_core.training.plot import plot_loss
+
+    note.print(f"losses in {plot_loss(run, picture)}")
 
 
 @app.command(name="export-adapter")
@@ -73,17 +92,16 @@ def export(
     device: Device = None,
 ) -> None:
     """Write an adapter as int8 differences from its base, a quarter of the size, and compare the losses."""
-    from focus_core.config import TrainConfig
     from focus_core.hub import load_base
     from focus_core.tokenization import TextTokenizer
-    from focus_core.training.data import ExampleStream, read_training_texts
+    from focus_core.training.data import ExampleStream
     from focus_core.training.export import export_adapter
+    from focus_core.training.texts import read_training_texts
 
+    settings = _settings(config, {"seed": seed})
     loaded = load_base(base, device=device, notice=note.print)
     drawn = []
     if data:
-        values = (json.loads(config.read_text()) if config else {}) | ({} if seed is None else {"seed": seed})
-        settings = TrainConfig.from_dict(values)
         stream = ExampleStream(read_training_texts(data), TextTokenizer(loaded.tokenizer), settings)
         drawn = [stream.fixed(index) for index in range(examples)]
     done = export_adapter(loaded, adapter, output, drawn)
@@ -94,5 +112,72 @@ def export(
             note.print(f"{name:<11} loss {loss.loss:.4f} over {loss.queries} questions  ({kinds})")
 
 
-def _is_past(moment: float) -> bool:
-    return time.monotonic() >= moment
+# -- inside -----------------------------------------------------------------------------------------------------
+
+
+def _settings(config: Path | None, given: dict[str, Any]) -> TrainConfig:
+    from focus_core.config import TrainConfig
+    from focus_core.errors import ConfigError
+
+    try:
+        values = json.loads(config.read_text(encoding="utf-8")) if config else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{config} is no readable JSON file ({error}); see docs/recipes/") from error
+    return TrainConfig.from_dict(values | {name: value for name, value in given.items() if value is not None})
+
+
+def _load(base: str | None, dtype: str | None, processes: Any) -> Any:
+    """Load the base on this process's device; the first process converts it, if that is needed."""
+    import torch
+
+    from focus_core.errors import ConfigError
+    from focus_core.hub import default_dtype, load_base
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype is not None and dtype not in kinds:
+        raise ConfigError(f"--dtype must be one of {', '.join(kinds)}; got {dtype!r}")
+    kind = kinds[dtype] if dtype else default_dtype(processes.device)
+    if kind == torch.float16:
+        kind = torch.float32  # gradients of half precision would need scaling
+    with processes.accelerator.main_process_first():
+        silent = lambda text: None  # noqa: E731
+        return load_base(base, dtype=kind, device=processes.device, notice=note.print if processes.is_main else silent)
+
+
+@contextmanager
+def _reporter(settings: TrainConfig, shown: bool) -> Iterator[Any]:
+    """Yield a callback that shows loss, speed and time left: a bar in a terminal, a line a minute elsewhere."""
+    if not shown:
+        yield lambda step: None
+        return
+    from focus_core.training.speed import Speed
+
+    speed, last = Speed(settings.steps), time.monotonic()
+    with progress("training", settings.steps) as bar:
+
+        def report(step: StepReport) -> None:
+            nonlocal last
+            text = speed.line(step)
+            bar(step.step, text)
+            if step.held_out is not None:
+                note.print(f"step {step.step}: held-out loss {step.held_out.loss:.4f}")
+            if not note.is_terminal and time.monotonic() - last > _LINE_SECONDS:
+                note.print(f"step {step.step}/{settings.steps}  {text}")
+                last = time.monotonic()
+
+        yield report
+
+
+def _tell(totals: Any, settings: TrainConfig, output: Path) -> None:
+    from focus_core.errors import ConfigError
+    from focus_core.training.plot import plot_loss
+
+    try:
+        note.print(f"losses in {plot_loss(output)}")
+    except ConfigError as error:
+        note.print(f"no plot: {error}", style="dim", markup=False)
+    if totals.step < settings.steps:
+        note.print(f"stopped after step {totals.step} of {settings.steps}; run the same command again to go on")
+    if totals.best is not None:
+        note.print(f"lowest held-out loss {totals.best:.4f} after step {totals.best_step}: {output / 'best'}")
+    note.print(f"adapter in {output / 'adapter'}; use it with --adapter {output / 'adapter'}")

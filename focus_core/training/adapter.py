@@ -13,11 +13,17 @@ import torch
 from focus_core.candidate import CandidateAdapter
 from focus_core.config import FocusConfig, TrainConfig
 from focus_core.engine import sink_of
+from focus_core.errors import EmptyCorpusError
 from focus_core.families import BaseDecoder
 from focus_core.hub import AdapterInfo, LoadedBase, load_adapter, save_adapter
 from focus_core.tokenization import TextTokenizer
-from focus_core.training.data import SHORT_ANSWER, SYSTEM, ExampleStream, read_training_texts
+from focus_core.training.checkpoint import Totals
+from focus_core.training.data import SHORT_ANSWER, SYSTEM, ExampleStream
+from focus_core.training.export import write_compact
 from focus_core.training.loop import StepReport, train
+from focus_core.training.objectives import Example
+from focus_core.training.processes import Processes
+from focus_core.training.texts import TrainingTexts, hold_out, read_training_texts
 
 
 def train_adapter(
@@ -29,53 +35,103 @@ def train_adapter(
     init: Path | None = None,
     chunk_size: int = 512,
     compact: bool = False,
+    processes: Processes | None = None,
     report: Callable[[StepReport], None] = lambda step: None,
     stop: Callable[[], bool] = lambda: False,
-) -> Path:
+) -> Totals:
     """Train candidates for a base and save them; called again with the same settings it resumes.
 
     Args:
         loaded: the base; it is left as it was.
         data: files and folders, see :func:`read_training_texts`.
-        output: gets ``log.jsonl``, ``checkpoint.safetensors`` and ``adapter/``.
+        output: gets ``log.jsonl``, ``checkpoint.safetensors``, ``adapter/`` and, where a held-out loss is measured,
+            ``best/``.
         settings: the schedule.
         init: adapter folder to start from; copies of the base's projections if not given.
         chunk_size: the adapter's default when it is served.
-        compact: save int8 differences instead of float32.
+        compact: save int8 differences instead of float32, and measure both forms on the held-out examples.
+        processes: those that run this together; one alone if not given.
         report: called after every step.
         stop: asked after every step.
 
     Returns:
-        The adapter's folder.
+        What this run and those it resumed did.
 
     Raises:
         CorpusError: no usable data.
         AdapterError: ``init`` or the checkpoint do not fit.
     """
-    texts = read_training_texts(data)
-    base, tokenizer = BaseDecoder(loaded.model), TextTokenizer(loaded.tokenizer)
-    stream = ExampleStream(texts, tokenizer, settings)
+    processes = processes or Processes(loaded.model.device)
+    base = BaseDecoder(loaded.model)
+    stream, held_out = _streams(read_training_texts(data), TextTokenizer(loaded.tokenizer), settings)
+    focus = _focus(base, settings, chunk_size)  # refuses a chunk size the base cannot serve before any work
     with CandidateAdapter(base, torch.float32) as adapter:
         if init is not None:
             load_adapter(init, adapter, loaded)
-        sink = sink_of(loaded) if settings.sink else None
-        done = train(base, adapter, stream, settings, output, sink=sink, report=report, stop=stop)
-        window = min(4096, base.window)
-        focus = FocusConfig(
-            window=window,
-            chunk_size=chunk_size,
-            prompt_length=min(512, window // 4),
-            positions=settings.positions,
-            sink=settings.sink,
+
+        def info(totals: Totals) -> AdapterInfo:
+            template = f"{{question}}\n{SHORT_ANSWER}" if stream.questions else "{question}"
+            return AdapterInfo(loaded.name, loaded.fingerprint, focus, _trained(settings, totals), template, SYSTEM)
+
+        done = train(
+            base,
+            adapter,
+            stream,
+            settings,
+            output,
+            sink=sink_of(loaded) if settings.sink else None,
+            held_out=held_out,
+            keep_best=lambda totals: save_adapter(output / "best", adapter, info(totals)),
+            processes=processes,
+            report=report,
+            stop=stop,
         )
-        trained = {
-            "steps": done.step,
-            "tokens": done.tokens,
-            "targets": done.targets,
-            "chunk_sizes": list(settings.chunk_sizes),
-            "max_chunks": min(settings.max_chunks, settings.max_memory_tokens // min(settings.chunk_sizes)),
-        }
-        template = f"{{question}}\n{SHORT_ANSWER}" if texts.questions else "{question}"
-        info = AdapterInfo(loaded.name, loaded.fingerprint, focus, trained, template, SYSTEM)
-        save_adapter(output / "adapter", adapter, info, compact=compact)
-    return output / "adapter"
+        if processes.is_main:
+            if compact:
+                write_compact(loaded, base, adapter, info(done), output / "adapter", held_out)
+            else:
+                save_adapter(output / "adapter", adapter, info(done))
+        processes.accelerator.wait_for_everyone()
+    return done
+
+
+def _streams(
+    texts: TrainingTexts, tokenizer: TextTokenizer, settings: TrainConfig
+) -> tuple[ExampleStream, list[Example]]:
+    """Return the stream to train on, and the fixed examples of texts that it never sees."""
+    if not settings.eval_every:
+        return ExampleStream(texts, tokenizer, settings), []
+    kept, held = hold_out(texts, settings.held_out, settings.seed)
+    stream = ExampleStream(kept, tokenizer, settings)
+    try:
+        unseen = ExampleStream(held, tokenizer, settings, others=(*held.questions, *kept.questions))
+    except EmptyCorpusError as error:
+        raise EmptyCorpusError(
+            f"too little data to hold some out for eval_every={settings.eval_every} (held_out={settings.held_out}); "
+            "give more, or set eval_every to 0"
+        ) from error
+    return stream, [unseen.fixed(index) for index in range(settings.eval_examples)]
+
+
+def _focus(base: BaseDecoder, settings: TrainConfig, chunk_size: int) -> FocusConfig:
+    window = min(4096, base.window)
+    prompt = max(settings.prompt_lengths, default=min(512, window // 4))
+    return FocusConfig(
+        window=window,
+        chunk_size=chunk_size,
+        prompt_length=prompt,
+        positions=settings.positions,
+        sink=settings.sink,
+    )
+
+
+def _trained(settings: TrainConfig, totals: Totals) -> dict[str, object]:
+    """Return what ``focus_config.json`` tells of the training."""
+    return {
+        "steps": totals.step,
+        "tokens": totals.tokens,
+        "targets": totals.targets,
+        "chunk_sizes": list(settings.chunk_sizes),
+        "max_chunks": min(settings.max_chunks, settings.max_memory_tokens // min(settings.chunk_sizes)),
+        **({"held_out_loss": totals.best, "held_out_step": totals.best_step} if totals.best is not None else {}),
+    }

@@ -12,6 +12,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from focus_core.config import TrainConfig
@@ -19,7 +20,7 @@ from focus_core.errors import EmptyCorpusError
 from focus_core.training.facts import Fact, invent_facts
 from focus_core.training.nearby import PassageIndex
 from focus_core.training.objectives import Example, Query
-from focus_core.training.texts import QuestionRow, TrainingTexts, read_training_texts
+from focus_core.training.texts import LONG_TEXT, QuestionRow, TrainingTexts, read_training_texts
 
 __all__ = ["SHORT_ANSWER", "SYSTEM", "ExampleStream", "invent_facts", "read_training_texts"]
 
@@ -60,14 +61,13 @@ class ExampleStream:
         self.tokenizer, self.config = tokenizer, config
         self.questions = texts.questions
         self.others = _Others(texts.questions if others is None else others)
-        self.long = [text for text in texts.texts if len(text) >= 2000]
+        self.long = [text for text in texts.texts if len(text) >= LONG_TEXT]
         self._sizes = [len(text) ** 0.5 for text in self.long]
         self._mix(config)
 
     def example(self, step: int, index: int) -> Example:
         """Draw example ``index`` of ``step``: the same for the same seed, whatever was drawn before."""
-        rng = random.Random(f"{self.config.seed}/{step}/{index}")
-        return self._draw(rng, self.config)
+        return self._draw(random.Random(f"{self.config.seed}/{step}/{index}"), self.config.at(step))
 
     def fixed(self, index: int) -> Example:
         """Draw example ``index`` of a set that no step belongs to, for measuring a loss again and again."""
@@ -77,10 +77,17 @@ class ExampleStream:
         mix = self._mix(config)
         kind = rng.choices(list(mix), weights=list(mix.values()))[0]
         if kind == "question":
-            return self._question(rng, config)
-        if kind == "needle":
-            return self._needle(rng, config)
-        return self._text(rng, config, kind)
+            example = self._question(rng, config)
+        elif kind == "needle":
+            example = self._needle(rng, config)
+        else:
+            example = self._text(rng, config, kind)
+        if config.objective == "one_target":
+            example = _one_target(rng, example)
+        if config.prompt_lengths:
+            prompt = rng.choice(config.prompt_lengths)
+            example = replace(example, queries=tuple(replace(query, prompt=prompt) for query in example.queries))
+        return example
 
     def _mix(self, config: TrainConfig) -> dict[str, float]:
         """Return the weights of the objectives that the data can serve."""
@@ -88,8 +95,8 @@ class ExampleStream:
         mix = {kind: weight if served.get(kind, self.long) else 0.0 for kind, weight in config.mix.items()}
         if sum(mix.values()) <= 0:
             raise EmptyCorpusError(
-                f"the mix {config.mix} needs texts of at least 2,000 characters (found {len(self.long)}) or question "
-                f"rows (found {len(self.questions)}); give other --data or another mix"
+                f"the mix {config.mix} needs texts of at least {LONG_TEXT:,} characters (found {len(self.long)}) or "
+                f"question rows (found {len(self.questions)}); give other --data or another mix"
             )
         return mix
 
@@ -110,7 +117,10 @@ class ExampleStream:
             queries = [Query(tuple(ids[len(memory) : len(memory) + length]), split)]
         else:
             starts = [rng.randrange(max(1, len(memory) - length)) for _ in range(1 if count > 8 else 2)]
-            queries = [Query(tuple(memory[start : start + length]), split) for start in starts]
+            queries = [
+                Query(tuple(memory[at : at + length]), split, gold=(*range(at // size, (at + length - 1) // size + 1),))
+                for at in starts
+            ]
         return Example(chunks, tuple(queries), kind)
 
     def _window(self, rng: random.Random, tokens: int) -> list[int]:
@@ -134,10 +144,14 @@ class ExampleStream:
         chunks = [self._gold(rng, row, asked, size, config) for row in asked]
         negatives = self.others.draw(rng, asked, count - len(chunks), config.hard_negatives)
         chunks += [self._passage(rng, row, size, keep=False) for row in negatives]
-        rng.shuffle(chunks)
+        order = rng.sample(range(len(chunks)), len(chunks))
+        chunks = [chunks[index] for index in order]
         budget = max(2, config.max_candidate_rows // len(chunks))
         short = rng.random() < _SHORT
-        queries = [self._chat_query(rng, row.question, row.answers[0], budget, short=short) for row in asked]
+        queries = [
+            replace(self._chat_query(rng, row.question, row.answers[0], budget, short=short), gold=(order.index(own),))
+            for own, row in enumerate(asked)
+        ]
         return Example(tuple(map(tuple, chunks)), tuple(queries), "question")
 
     def _chat_query(self, rng: random.Random, question: str, answer: str, most_targets: int, *, short: bool) -> Query:
@@ -194,18 +208,21 @@ class ExampleStream:
             chunk = rng.choice(chunks)
             start = rng.randrange(max(1, len(chunk) - len(ids)))
             chunk[start : start + len(ids)] = ids
-        visible = [fact for fact in facts if self._holds(chunks, fact)]
+        visible = [fact for fact in facts if self._holding(chunks, fact)]
         if not visible:
             return self._text(rng, config, "reconstruction")
         asked = rng.sample(visible, min(config.questions_per_example, len(visible)))
         budget = max(2, config.max_candidate_rows // len(chunks))
-        queries = [self._fact_query(rng, fact, budget) for fact in asked]
+        queries = [replace(self._fact_query(rng, fact, budget), gold=self._holding(chunks, fact)) for fact in asked]
         return Example(tuple(map(tuple, chunks)), tuple(queries), "needle")
 
-    def _holds(self, chunks: Sequence[Sequence[int]], fact: Fact) -> bool:
+    def _holding(self, chunks: Sequence[Sequence[int]], fact: Fact) -> tuple[int, ...]:
+        """Return the numbers of the chunks that hold a fact's whole statement: none if another was written over it."""
         ids = self.tokenizer.encode(fact.statement)
-        return any(
-            list(chunk[at : at + len(ids)]) == ids for chunk in chunks for at in range(len(chunk) - len(ids) + 1)
+        return tuple(
+            number
+            for number, chunk in enumerate(chunks)
+            if any(list(chunk[at : at + len(ids)]) == ids for at in range(len(chunk) - len(ids) + 1))
         )
 
     def _fact_query(self, rng: random.Random, fact: Fact, most_targets: int) -> Query:
@@ -261,6 +278,13 @@ def _query(rng: random.Random, given: list[int], targets: list[int], most_target
     """Ask for ``targets`` after ``given``; where they are too many, for a random run of them after those before it."""
     start = rng.randint(0, max(0, len(targets) - most_targets)) if rng.random() < 0.5 else 0
     return Query((*given, *targets[: start + most_targets]), len(given) + start)
+
+
+def _one_target(rng: random.Random, example: Example) -> Example:
+    """Keep one local context and one of its targets: the paper's published code supervises one token an example."""
+    query = rng.choice(example.queries)
+    split = rng.randrange(query.split, len(query.ids))
+    return replace(example, queries=(replace(query, ids=query.ids[: split + 1], split=split),))
 
 
 def _most_chunks(config: TrainConfig, size: int) -> int:

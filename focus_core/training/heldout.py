@@ -6,8 +6,9 @@ trained here and no weight is changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -31,18 +32,32 @@ class Loss:
     by_kind: dict[str, float]
     queries: int
 
+    @classmethod
+    def mean_of(cls, pairs: Iterable[tuple[str, float]]) -> Self:
+        """Return the means of (objective, loss) pairs, at least one."""
+        by_kind: dict[str, list[float]] = {}
+        for kind, loss in pairs:
+            by_kind.setdefault(kind, []).append(loss)
+        every = [value for values in by_kind.values() for value in values]
+        means = {kind: sum(values) / len(values) for kind, values in sorted(by_kind.items())}
+        return cls(sum(every) / len(every), means, len(every))
+
 
 @torch.no_grad()
+def example_losses(
+    base: BaseDecoder, adapter: CandidateAdapter, examples: Sequence[Example], sink: int | None, positions: Positions
+) -> list[tuple[str, float]]:
+    """Return (objective, loss) of every local context of ``examples``, which run one at a time."""
+    pairs = []
+    for example in examples:
+        chunks = encode_example(base, example, sink)
+        losses = dense_losses(base, adapter, [Task(chunks, query) for query in example.queries], sink, positions)
+        pairs += [(example.kind, float(loss)) for loss in losses]
+    return pairs
+
+
 def measure_loss(
     base: BaseDecoder, adapter: CandidateAdapter, examples: Sequence[Example], sink: int | None, positions: Positions
 ) -> Loss:
-    """Return the loss of ``adapter`` on ``examples``; examples run one at a time."""
-    by_kind: dict[str, list[float]] = {}
-    for example in examples:
-        chunks = encode_example(base, example, sink)
-        tasks = [Task(chunks, query) for query in example.queries]
-        losses = dense_losses(base, adapter, tasks, sink, positions)
-        by_kind.setdefault(example.kind, []).extend(float(loss) for loss in losses)
-    every = [value for values in by_kind.values() for value in values]
-    means = {kind: sum(values) / len(values) for kind, values in sorted(by_kind.items())}
-    return Loss(sum(every) / len(every), means, len(every))
+    """Return the loss of ``adapter`` on ``examples``, at least one."""
+    return Loss.mean_of(example_losses(base, adapter, examples, sink, positions))

@@ -1,48 +1,41 @@
-"""Train candidate projections: draw, add gradients, step, log, checkpoint, resume.
+"""Train candidate projections: draw, add gradients, step, measure, log, checkpoint, resume.
 
 The stream is a function of the step number and a checkpoint holds weights, optimizer and step, so a resumed run goes on
-with the losses the unbroken run would have had. The base is never changed. The module prints nothing; it reports to a
-callback and to ``log.jsonl``.
+with the losses the unbroken run would have had. Many processes share the examples of a step and average gradients, so
+the run is the one that a single process would make; only the first of them writes. The base is never changed. Nothing
+is printed here; what happened goes to a callback and to ``log.jsonl``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from focus_core.candidate import CandidateAdapter
 from focus_core.config import TrainConfig
-from focus_core.errors import AdapterError
 from focus_core.families import BaseDecoder
+from focus_core.training.checkpoint import LOG, Totals, cut_log, load_checkpoint, save_checkpoint
 from focus_core.training.data import ExampleStream
-from focus_core.training.objectives import Task, dense_losses, encode_example
-
-CHECKPOINT = "checkpoint"
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What a run and those it resumed did together.
-
-    Args:
-        step: optimizer steps.
-        tokens: input tokens (memory, prompt and local rows).
-        targets: supervised tokens.
-        seconds: wall time.
-    """
-
-    step: int
-    tokens: int
-    targets: int
-    seconds: float
+from focus_core.training.heldout import Loss, example_losses
+from focus_core.training.objectives import (
+    Example,
+    Task,
+    dense_logits,
+    distillation_loss,
+    encode_example,
+    likelihood_loss,
+    teacher_logits,
+)
+from focus_core.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -51,22 +44,29 @@ class StepReport:
 
     Args:
         step: number of the step just finished, from 1.
-        loss: mean loss of its examples, nats per target.
-        by_kind: mean loss per objective.
+        loss: mean negative log-likelihood of its local contexts, nats per target.
+        by_kind: the same per objective.
+        divergence: mean KL divergence from the teacher, where there was one.
         tokens: input tokens so far (memory, prompt and local rows), all steps together.
         targets: supervised tokens so far.
         seconds: wall time so far, earlier runs included.
+        learning_rate: of this step.
+        grad_norm: before clipping.
+        chunks: k of each example.
+        held_out: the held-out loss, on steps that measured it.
     """
 
     step: int
     loss: float
     by_kind: dict[str, float]
+    divergence: float | None
     tokens: int
     targets: int
     seconds: float
     learning_rate: float
     grad_norm: float
     chunks: list[int]
+    held_out: Loss | None = None
 
 
 def train(
@@ -77,6 +77,9 @@ def train(
     output: Path,
     *,
     sink: int | None,
+    held_out: Sequence[Example] = (),
+    keep_best: Callable[[Totals], None] = lambda _: None,
+    processes: Processes | None = None,
     report: Callable[[StepReport], None] = lambda _: None,
     checkpoint_seconds: float = 240.0,
     stop: Callable[[], bool] = lambda: False,
@@ -90,44 +93,43 @@ def train(
         config: the schedule.
         output: folder of log and checkpoints.
         sink: token that starts every row, or ``None``.
-        report: called after every step.
+        held_out: what is measured every ``config.eval_every`` steps and after the last one.
+        keep_best: called in the first process when the held-out loss was never as low.
+        processes: those that run this together; one alone if not given.
+        report: called in the first process after every step.
         checkpoint_seconds: time between checkpoints; one is also written at the end and when stopped.
-        stop: asked after every step.
+        stop: asked after every step; one process that says yes stops all.
 
     Returns:
         What all runs together did.
+
+    Raises:
+        ConfigError: the examples of a step cannot be shared out over the processes.
+        AdapterError: the checkpoint belongs to other settings.
     """
+    processes = processes or Processes(base.device)
     output.mkdir(parents=True, exist_ok=True)
-    parameters = adapter.trainable_parameters()
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    state = _resume(output, adapter, optimizer, config)
-    started, saved = time.monotonic() - state["seconds"], time.monotonic()
+    run = _Run(base, adapter, stream, config, output, sink, processes)
     try:
-        with (output / "log.jsonl").open("a") as log:
-            while state["step"] < config.steps and not stop():
-                outcome = _step(base, adapter, stream, config, optimizer, state, sink)
-                state["seconds"] = time.monotonic() - started
-                done = StepReport(
-                    step=state["step"],
-                    tokens=state["tokens"],
-                    targets=state["targets"],
-                    seconds=state["seconds"],
-                    **outcome,
-                )
-                log.write(json.dumps(done.__dict__) + "\n")
-                log.flush()
-                report(done)
-                if time.monotonic() - saved > checkpoint_seconds:
-                    _save(output, adapter, optimizer, state, config)
-                    saved = time.monotonic()
+        run.resume()
+        started, saved = time.monotonic() - run.totals.seconds, time.monotonic()
+        while run.totals.step < config.steps and not processes.agree(stop()):
+            done = run.step()
+            if config.eval_every and held_out and (run.totals.step % config.eval_every == 0 or run.finished):
+                done["held_out"] = run.measure(held_out, keep_best)
+            run.totals.seconds = time.monotonic() - started
+            run.log(StepReport(**done, **run.counters()), report)
+            if processes.agree(processes.is_main and time.monotonic() - saved > checkpoint_seconds):
+                run.save()
+                saved = time.monotonic()
+        run.save()
+    except BaseException:
+        if processes.count == 1 and not run.updating:  # many processes could wait for each other for ever
+            run.save()
+        raise
     finally:
-        _save(output, adapter, optimizer, state, config)
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-    return Totals(**state)
+        run.release()
+    return run.totals
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -139,89 +141,173 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * (config.final_rate + (1.0 - config.final_rate) * fall)
 
 
-def _step(
-    base: BaseDecoder,
-    adapter: CandidateAdapter,
-    stream: ExampleStream,
-    config: TrainConfig,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    sink: int | None,
-) -> dict[str, Any]:
-    rate = learning_rate(config, state["step"])
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    tasks, kinds, weights, chunk_counts = [], [], [], []
-    for index in range(config.examples_per_step):
-        example = stream.example(state["step"], index)
-        chunks = encode_example(base, example, sink)
-        chunk_counts.append(chunks.size)
-        state["tokens"] += sum(chunks.lengths)
-        for query in example.queries:
-            tasks.append(Task(chunks, query))
-            kinds.append(example.kind)
-            weights.append(1.0 / (len(example.queries) * config.examples_per_step))
-            state["tokens"] += (chunks.size + 1) * len(query.ids)
-            state["targets"] += query.targets
-    losses = dense_losses(base, adapter, tasks, sink, config.positions)
-    sum(weight * loss for weight, loss in zip(weights, losses, strict=True)).backward()  # type: ignore[union-attr]
-    by_kind: dict[str, list[float]] = {}
-    for kind, loss in zip(kinds, losses, strict=True):
-        by_kind.setdefault(kind, []).append(float(loss.detach()))
-    norm = torch.nn.utils.clip_grad_norm_(adapter.trainable_parameters(), config.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    state["step"] += 1
-    every = [value for values in by_kind.values() for value in values]
-    return {
-        "loss": sum(every) / len(every),
-        "by_kind": {kind: sum(values) / len(values) for kind, values in by_kind.items()},
-        "learning_rate": rate,
-        "grad_norm": float(norm),
-        "chunks": chunk_counts,
-    }
+class CandidateLoss(nn.Module):
+    """The loss as a module whose parameters are the candidate matrices, so that accelerate can wrap it.
+
+    Args:
+        base: the frozen decoder; its weights are not this module's.
+        adapter: what is trained.
+        config: positions, distillation.
+        sink: token that starts every row, or ``None``.
+    """
+
+    def __init__(self, base: BaseDecoder, adapter: CandidateAdapter, config: TrainConfig, sink: int | None) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(adapter.trainable_parameters())
+        self.base, self.adapter, self.config, self.sink = base, adapter, config, sink
+
+    def forward(self, examples: Sequence[Example], scale: float) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Return the loss to differentiate and, for each example, what is logged of it.
+
+        Args:
+            examples: they pass the layers together.
+            scale: weight of each example's mean over its local contexts.
+        """
+        encoded = [encode_example(self.base, example, self.sink) for example in examples]
+        tasks = [Task(chunks, query) for chunks, item in zip(encoded, examples, strict=True) for query in item.queries]
+        logits = iter(dense_logits(self.base, self.adapter, tasks, self.sink, self.config.positions))
+        total, records = torch.zeros((), device=self.base.device), []
+        for example in examples:
+            losses, divergences = [], []
+            for query in example.queries:
+                scores = next(logits)
+                loss = likelihood_loss(scores, query)
+                losses.append(float(loss.detach()))
+                divergence = self._divergence(scores, example, query)
+                if divergence is not None:
+                    divergences.append(float(divergence.detach()))
+                    loss = loss + self.config.distillation[example.kind] * divergence
+                total = total + scale / len(example.queries) * loss
+            records.append({"kind": example.kind, "losses": losses, "divergences": divergences})
+        return total, records
+
+    def _divergence(self, scores: Tensor, example: Example, query: Any) -> Tensor | None:
+        if not self.config.distillation.get(example.kind):
+            return None
+        teacher = teacher_logits(self.base, example, query, self.sink, self.config.teacher_memory)
+        return None if teacher is None else distillation_loss(scores, teacher)
 
 
-def _save(
-    output: Path,
-    adapter: CandidateAdapter,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    config: TrainConfig,
-) -> None:
-    """Write weights, optimizer moments and counters, each by rename so that a crash leaves the last good one."""
-    tensors = {f"weight/{key}": value.float().contiguous() for key, value in adapter.state_dict().items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        for name, value in moments.items():
-            tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value).contiguous()
-    partial = output / f"{CHECKPOINT}.partial"
-    metadata = {"state": json.dumps(state), "config": json.dumps(config.to_dict())}
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(output / f"{CHECKPOINT}.safetensors")
+class _Run:
+    """A run's moving parts: weights, optimizer, counters, files."""
 
-
-def _resume(
-    output: Path, adapter: CandidateAdapter, optimizer: torch.optim.Optimizer, config: TrainConfig
-) -> dict[str, Any]:
-    path = output / f"{CHECKPOINT}.safetensors"
-    if not path.exists():
-        return {"step": 0, "tokens": 0, "targets": 0, "seconds": 0.0}
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    if TrainConfig.from_dict(json.loads(metadata["config"])) != config:
-        raise AdapterError(
-            f"{path} belongs to a run with other settings ({metadata['config']}); resume with the same settings or "
-            "choose another --output"
+    def __init__(
+        self,
+        base: BaseDecoder,
+        adapter: CandidateAdapter,
+        stream: ExampleStream,
+        config: TrainConfig,
+        output: Path,
+        sink: int | None,
+        processes: Processes,
+    ) -> None:
+        self.base, self.adapter, self.stream, self.config = base, adapter, stream, config
+        self.output, self.sink, self.processes = output, sink, processes
+        self.totals, self.updating = Totals(), False
+        self.passes = processes.passes(config.examples_per_step, config.examples_per_pass)
+        self.parameters = adapter.trainable_parameters()
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self.adamw = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         )
-    tensors = load_file(path)
-    adapter.load_state_dict({key[7:]: value for key, value in tensors.items() if key.startswith("weight/")})
-    moments: dict[int, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, index, name = key.split("/")
-            moments.setdefault(int(index), {})[name] = value
-    current = optimizer.state_dict()
-    optimizer.load_state_dict({"state": moments, "param_groups": current["param_groups"]})
-    return dict(json.loads(metadata["state"]))
+        loss = CandidateLoss(base, adapter, config, sink)
+        self.module, self.optimizer = processes.prepare(loss, self.adamw, self.passes)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the schedule is at its end."""
+        return self.totals.step >= self.config.steps
+
+    def step(self) -> dict[str, Any]:
+        """Draw this process's examples, add their gradients, and take one optimizer step."""
+        config, number, accelerator = self.config, self.totals.step, self.processes.accelerator
+        # 1) the rate of this step
+        rate = learning_rate(config, number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # 2) gradients, pass by pass; accelerate divides by passes and processes, which the scale makes up for
+        indices = self.processes.share(range(config.examples_per_step))
+        scale = self.passes * self.processes.count / config.examples_per_step
+        size, norm, records = len(indices) // self.passes, 0.0, []
+        for start in range(0, len(indices), size):
+            drawn = {index: self.stream.example(number, index) for index in indices[start : start + size]}
+            with accelerator.accumulate(self.module):
+                loss, done = self.module(list(drawn.values()), scale)
+                self.updating = start + size >= len(indices)  # from here a checkpoint would mix old and new weights
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = float(accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm) or 0.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            records += [
+                {"index": index, "chunks": len(item.chunks), "tokens": item.tokens, "targets": item.targets} | record
+                for (index, item), record in zip(drawn.items(), done, strict=True)
+            ]
+        # 3) counters
+        every = sorted(self.processes.gather(records), key=lambda record: int(record["index"]))
+        self.totals.step += 1
+        self.totals.tokens += sum(record["tokens"] for record in every)
+        self.totals.targets += sum(record["targets"] for record in every)
+        self.updating = False
+        return {**_summary(every), "learning_rate": rate, "grad_norm": norm}
+
+    def measure(self, held_out: Sequence[Example], keep_best: Callable[[Totals], None]) -> Loss:
+        """Measure the held-out loss, every process its share, and keep the adapter if it was never as low."""
+        own = self.processes.share(held_out)
+        pairs = example_losses(self.base, self.adapter, own, self.sink, self.config.positions)
+        loss = Loss.mean_of(self.processes.gather(pairs))
+        if self.totals.best is None or loss.loss < self.totals.best:
+            self.totals.best, self.totals.best_step = loss.loss, self.totals.step
+            if self.processes.is_main:
+                keep_best(self.totals)
+        return loss
+
+    def counters(self) -> dict[str, Any]:
+        """Return the counters that a report shows."""
+        totals = self.totals
+        return {"step": totals.step, "tokens": totals.tokens, "targets": totals.targets, "seconds": totals.seconds}
+
+    def log(self, done: StepReport, report: Callable[[StepReport], None]) -> None:
+        """Append a line to the log and tell the caller, in the first process only."""
+        if self.processes.is_main:
+            with (self.output / LOG).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(dataclasses.asdict(done)) + "\n")
+            report(done)
+
+    def save(self) -> None:
+        """Write a checkpoint; every process must call it."""
+        if self.processes.deepspeed:
+            self.module.save_checkpoint(str(self.output / "deepspeed"), tag="last")
+        if self.processes.is_main:
+            optimizer = None if self.processes.deepspeed else self.adamw
+            save_checkpoint(self.output, self.adapter, optimizer, self.totals, self.config)
+        self.processes.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        self.totals = load_checkpoint(
+            self.output, self.adapter, None if self.processes.deepspeed else self.adamw, self.config
+        )
+        if self.processes.deepspeed and self.totals.step:
+            self.module.load_checkpoint(str(self.output / "deepspeed"), tag="last")
+        if self.processes.is_main:
+            cut_log(self.output, self.totals.step)
+
+    def release(self) -> None:
+        """Let the adapter go, as it came: without gradients."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the means that a step's records give, over all processes."""
+    loss = Loss.mean_of((record["kind"], value) for record in records for value in record["losses"])
+    divergences = [value for record in records for value in record["divergences"]]
+    return {
+        "loss": loss.loss,
+        "by_kind": loss.by_kind,
+        "divergence": sum(divergences) / len(divergences) if divergences else None,
+        "chunks": [record["chunks"] for record in records],
+    }

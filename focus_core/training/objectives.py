@@ -1,9 +1,10 @@
-"""Compute the dense training loss of one example, exactly as incremental decoding would score it.
+"""Compute the training loss of one example, exactly as incremental decoding would score it.
 
 All candidates of an example's targets are made together in one masked pass per chunk (arXiv 2408.11745, equation 6,
 with every local token from the split on as a target). Chunk KV and the ordinary rows behind it depend on no trained
-weight, so they run without gradient; the graph holds candidate rows and local rows only. These are pure functions: no
-data, no optimizer, no state.
+weight, so they run without gradient; the graph holds candidate rows and local rows only. A teacher, if one is asked
+for, is the frozen base itself, which reads the memory in its own window. These are pure functions: no data, no
+optimizer, no state.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from focus_core.candidate import CandidateAdapter
-from focus_core.config import Positions
+from focus_core.config import Positions, TeacherMemory
 from focus_core.errors import ConfigError
 from focus_core.families import BaseDecoder
 from focus_core.kv import ChunkBatch, Suffix
@@ -30,19 +31,30 @@ class Query:
     Args:
         ids: local token ids x_0..x_{n-1}.
         split: s; tokens s..n-1 are targets, tokens before it are given.
+        prompt: P, most given tokens before the candidate that run behind the chunks; ``None`` runs all of them.
+        gold: numbers of the chunks that hold the answer, if they are known.
     """
 
     ids: tuple[int, ...]
     split: int
+    prompt: int | None = None
+    gold: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.split < len(self.ids):
             raise ConfigError(f"split must be between 1 and {len(self.ids) - 1}; got {self.split}")
+        if self.prompt is not None and self.prompt < 1:
+            raise ConfigError(f"prompt must be at least 1; got {self.prompt}")
 
     @property
     def targets(self) -> int:
         """Number of supervised tokens, n - s."""
         return len(self.ids) - self.split
+
+    @property
+    def injected_from(self) -> int:
+        """First local token that runs behind the chunks: s - 1 - P, as the dynamic prompt ends before token s - 1."""
+        return 0 if self.prompt is None else max(0, self.split - 1 - self.prompt)
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,18 @@ class Example:
     chunks: tuple[tuple[int, ...], ...]
     queries: tuple[Query, ...]
     kind: str
+
+    @property
+    def tokens(self) -> int:
+        """Input tokens: memory, and of each local context the local rows and the rows behind every chunk."""
+        memory = sum(map(len, self.chunks))
+        rows = [len(query.ids) + len(self.chunks) * (len(query.ids) - query.injected_from) for query in self.queries]
+        return memory + sum(rows)
+
+    @property
+    def targets(self) -> int:
+        """Supervised tokens."""
+        return sum(query.targets for query in self.queries)
 
 
 def encode_example(base: BaseDecoder, example: Example, sink: int | None) -> ChunkBatch:
@@ -95,14 +119,17 @@ def dense_logits(
     suffixes = [Suffix(task.chunks, len(tokens)) for task, tokens in zip(tasks, ids, strict=True)]
     with torch.no_grad():
         before = [
-            ChunkRows(task.chunks, suffix, range(task.chunks.size), task.chunks.size, tokens[:-2], none, none)
-            for task, suffix, tokens in zip(tasks, suffixes, ids, strict=True)
+            ChunkRows(task.chunks, suffix, range(task.chunks.size), task.chunks.size, ordinary, none, none)
+            for task, suffix, ordinary in (
+                (task, suffix, tokens[task.query.injected_from : -2])
+                for task, suffix, tokens in zip(tasks, suffixes, ids, strict=True)
+            )
         ]
         sweep(base, adapter, [before], (), positions)
     groups, locals_ = [], []
     for task, suffix, tokens in zip(tasks, suffixes, ids, strict=True):
         split, count = task.query.split, task.chunks.size
-        visible = torch.arange(split - 1, len(tokens) - 1)
+        visible = torch.arange(split - 1, len(tokens) - 1) - task.query.injected_from
         group = ChunkRows(task.chunks, suffix, range(count), count, none, tokens[split - 1 : -1], visible)
         head = torch.tensor(sink_before(task.query.ids, sink), dtype=torch.long)
         start = local_start(count, positions)
@@ -119,7 +146,43 @@ def dense_losses(
 ) -> list[Tensor]:
     """Return each task's mean negative log-likelihood of its targets (equation 6), scalars in nats per token."""
     logits = dense_logits(base, adapter, tasks, sink, positions)
-    return [
-        F.cross_entropy(scores, torch.tensor(task.query.ids[task.query.split :], device=scores.device))
-        for scores, task in zip(logits, tasks, strict=True)
-    ]
+    return [likelihood_loss(scores, task.query) for scores, task in zip(logits, tasks, strict=True)]
+
+
+def likelihood_loss(logits: Tensor, query: Query) -> Tensor:
+    """Return the mean negative log-likelihood of the targets, given their (n - s, vocabulary) logits."""
+    return F.cross_entropy(logits, torch.tensor(query.ids[query.split :], device=logits.device))
+
+
+# -- distillation -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def teacher_logits(
+    base: BaseDecoder, example: Example, query: Query, sink: int | None, memory: TeacherMemory
+) -> Tensor | None:
+    """Return what the base says when it reads memory and local context as one text in its own window.
+
+    Args:
+        base: the frozen decoder; attached candidate projections do not change it.
+        example: holds the chunks.
+        query: one of its local contexts.
+        sink: starts the text, or ``None``.
+        memory: ``all`` chunks, or the query's ``gold`` ones where they are known.
+
+    Returns:
+        (n - s, vocabulary) float32 logits of the targets; ``None`` where the text is longer than the window.
+    """
+    wanted = query.gold if memory == "gold" and query.gold else range(len(example.chunks))
+    head = [] if sink is None else [sink]
+    text = [*head, *(token for index in wanted for token in example.chunks[index]), *query.ids[:-1]]
+    if len(text) > base.window:
+        return None
+    ids = torch.tensor([text], device=base.device)
+    logits: Tensor = base.model(ids, use_cache=False, logits_to_keep=query.targets).logits
+    return logits[0].float()
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Return the KL divergence of (targets, vocabulary) ``logits`` from ``teacher``, mean over targets in nats."""
+    return F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean")

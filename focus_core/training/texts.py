@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 from focus_core.errors import DocumentNotFoundError, EmptyCorpusError
 
 _SUFFIXES = (".txt", ".jsonl", ".md", ".py", ".rst", ".tex")
+LONG_TEXT = 2000  # characters that a text needs to be cut into memory and local context
 _LONGEST_ANSWER = 200  # characters; longer completions are retold, not found
 
 
@@ -66,6 +68,32 @@ def read_training_texts(paths: Iterable[Path]) -> TrainingTexts:
             f"no training text in {', '.join(map(str, paths))}; give .txt or .jsonl files (also .gz) with `text` rows"
         )
     return TrainingTexts(tuple(texts), tuple(questions))
+
+
+def hold_out(texts: TrainingTexts, share: float, seed: int) -> tuple[TrainingTexts, TrainingTexts]:
+    """Split into what is trained on and a share that is not: whole texts, and whole passages with all their questions.
+
+    At least one of each is held out where there are two or more; of a single text its end is. Short texts, which no
+    objective uses, are left out.
+    """
+    rng = random.Random(f"{seed}/held out")
+    long = [text for text in dict.fromkeys(texts.texts) if len(text) >= LONG_TEXT]
+    if len(long) == 1 and len(long[0]) >= 4 * LONG_TEXT:
+        end = max(LONG_TEXT, round(share * len(long[0])))
+        kept_texts, held_texts = [long[0][:-end]], [long[0][-end:]]
+    else:
+        kept_texts, held_texts = _split(rng, long, share)
+    passages = dict.fromkeys(row.context for row in texts.questions)
+    held = set(_split(rng, list(passages), share)[1])
+    asked = ([row for row in texts.questions if (row.context in held) == out] for out in (False, True))
+    kept_rows, held_rows = map(tuple, asked)
+    return TrainingTexts(tuple(kept_texts), kept_rows), TrainingTexts(tuple(held_texts), held_rows)
+
+
+def _split(rng: random.Random, items: list[str], share: float) -> tuple[list[str], list[str]]:
+    count = 0 if len(items) < 2 else max(1, round(share * len(items)))
+    held = set(rng.sample(range(len(items)), count))
+    return [item for n, item in enumerate(items) if n not in held], [items[n] for n in sorted(held)]
 
 
 def _files(path: Path) -> Iterator[Path]:

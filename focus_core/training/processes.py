@@ -1,0 +1,84 @@
+"""Let one training loop run in one process or in many: what is shared out, gathered and agreed on.
+
+A thin layer over accelerate, which knows the devices, wraps modules for gradient averaging and drives DeepSpeed.
+Precision is left to the base's dtype: accelerate's autocast is off. Nothing here knows what is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object  # type: ignore[import-untyped]
+
+from focus_core.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The processes of a run, as ``accelerate launch`` started them; one if it did not.
+
+    Args:
+        device: ``cpu`` keeps a run off the GPU; accelerate chooses if not given.
+    """
+
+    def __init__(self, device: str | torch.device | None = None) -> None:
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # the last layer's q and o get no gradient
+        on_cpu = device is not None and torch.device(device).type == "cpu"
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[unused])
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return torch.device(self.accelerator.device)
+
+    @property
+    def count(self) -> int:
+        """Number of processes."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes and reports."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def deepspeed(self) -> bool:
+        """Whether DeepSpeed owns optimizer and gradients."""
+        return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+    def passes(self, examples: int, together: int | None) -> int:
+        """Return into how many passes a process cuts its share of a step's examples.
+
+        Raises:
+            ConfigError: the examples cannot be shared out evenly.
+        """
+        share = examples // self.count
+        if share * self.count != examples or (together is not None and share % min(together, share)):
+            raise ConfigError(
+                f"examples_per_step must be a multiple of the number of processes ({self.count}) and each process's "
+                f"share a multiple of examples_per_pass ({together}); got {examples}"
+            )
+        return 1 if together is None else share // min(together, share)
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Return this process's part of ``items``."""
+        return list(items[self.accelerator.process_index :: self.count])
+
+    def gather(self, items: list[T]) -> list[T]:
+        """Return the items of all processes, on every process."""
+        gathered: list[T] = gather_object(items) if self.count > 1 else items
+        return gathered
+
+    def agree(self, flag: bool) -> bool:
+        """Return whether ``flag`` holds on any process; every process must ask."""
+        return any(self.gather([flag])) if self.count > 1 else flag
+
+    def prepare(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, passes: int) -> tuple[Any, Any]:
+        """Return module and optimizer as accelerate runs them, for ``passes`` passes a step."""
+        self.accelerator.gradient_accumulation_steps = passes
+        module, optimizer = self.accelerator.prepare(module, optimizer)
+        return module, optimizer
