@@ -56,7 +56,7 @@ def evaluate(
         _choose_heads(engine, options, numbers(documents)[0], output)
         return
     sizes = numbers(chunk_sizes) if chunk_sizes else None
-    varies = TASKS[task].varies if task in TASKS else "lengths"
+    varies = TASKS[task].varies_for(options) if task in TASKS else "lengths"
     plans = list(make_plans(engine, task, varies, options, numbers(lengths), numbers(documents), sizes))
     if task == "perplexity":
         _run_perplexity(plans, given, max(numbers(lengths)), output)

@@ -30,7 +30,7 @@ class Haystack:
         tokens: about how many the documents hold together, needles included.
         chunk_size: most tokens of a passage with its needle (natural filler).
         text: natural filler; ``None`` repeats the passkey prompt's sentences.
-        room: tokens left free for a needle in every passage; the same for all trials, or passages would differ.
+        room: tokens left free for a needle in every passage; more, by steps of it, where one is longer.
     """
 
     tokenizer: TextTokenizer
@@ -67,7 +67,9 @@ class Haystack:
         return "\n".join([head, *placed] if head else placed)
 
     def _natural(self, needles: Sequence[str], depths: Sequence[float], head: str) -> tuple[Document, ...]:
-        size = max(8, self.chunk_size - self.room - _MARGIN)
+        longest = max(len(self.tokenizer.encode(needle)) for needle in needles)
+        room = self.room * -(-longest // self.room)  # in steps: passages must not change with a needle's digits
+        size = max(8, self.chunk_size - room - _MARGIN)
         passages = list(_passages(self.tokenizer, str(self.text), self.tokens, size))
         order = sorted(range(len(needles)), key=lambda index: depths[index])
         for index, place in zip(reversed(order), reversed(_places(sorted(depths), len(passages))), strict=True):

@@ -16,6 +16,7 @@ from focus_core.corpus import Document
 from focus_core.errors import EmptyCorpusError
 from focus_core.evaluation.files import read_rows
 from focus_core.evaluation.trial import Trial
+from focus_core.tokenization import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,19 @@ def multi_document(path: Path, documents: int, trials: int, seed: int = 0, most_
         texts = [*others[:gold], row.passage, *others[gold:]]
         held = tuple(Document(f"doc-{place}", text) for place, text in enumerate(texts))
         yield Trial(held, row.text, row.answers, f"doc-{gold}", False, f"gold at {gold}")
+
+
+def ruler_questions(path: Path, tokenizer: TextTokenizer, tokens: int, trials: int, seed: int = 0) -> Iterator[Trial]:
+    """Yield RULER's question answering: as many other documents around the gold one as make about ``tokens`` tokens.
+
+    Raises:
+        DocumentNotFoundError: no file at ``path``.
+        EmptyCorpusError: the file holds no questions, or too few documents.
+    """
+    rows = read_questions(path)
+    passages = list(dict.fromkeys(row.passage for row in rows))
+    mean = sum(len(tokenizer.encode(passage)) for passage in passages[:100]) / len(passages[:100])
+    yield from multi_document(path, max(1, round(tokens / mean)), trials, seed, most_words=1_000_000)
 
 
 def read_questions(path: Path) -> list[Question]:

@@ -12,8 +12,13 @@ from typing import Any, Literal
 
 from focus_core.errors import ConfigError
 from focus_core.evaluation.files import file_facts, read_long_text
+from focus_core.evaluation.haystack import Haystack
 from focus_core.evaluation.needles import passkey
-from focus_core.evaluation.questions import multi_document
+from focus_core.evaluation.questions import multi_document, ruler_questions
+from focus_core.evaluation.retrieving import key_values, number, read_key_values
+from focus_core.evaluation.ruler import common_words, frequent_words, needles, variables
+from focus_core.evaluation.stories import babilong
+from focus_core.evaluation.suites import infinitebench, longbench, longeval_lines, longeval_topics, multihop
 from focus_core.evaluation.trial import Trial
 from focus_core.tokenization import TextTokenizer
 
@@ -59,6 +64,10 @@ class TaskOptions:
         """Return the natural filler."""
         return None if self.filler is None else read_long_text(self.filler)
 
+    def haystack(self) -> Haystack:
+        """Return what to hide needles in."""
+        return Haystack(self.tokenizer, self.tokens, self.chunk_size, self.filler_text())
+
     def facts(self) -> dict[str, Any]:
         """Return what differs from the defaults as JSON, files by content.
 
@@ -73,6 +82,9 @@ class TaskOptions:
         return facts
 
 
+Make = Callable[[TaskOptions], Iterator[Trial]]
+
+
 @dataclass(frozen=True)
 class Task:
     """A kind of trial.
@@ -83,13 +95,19 @@ class Task:
         make: yields trials.
         max_tokens: of an answer.
         varies: which option makes the rows of its table.
+        sized_by_file: a file leaves nothing to vary.
     """
 
     name: str
     summary: str
-    make: Callable[[TaskOptions], Iterator[Trial]]
+    make: Make
     max_tokens: int
     varies: Varies
+    sized_by_file: bool = False
+
+    def varies_for(self, options: TaskOptions) -> Varies:
+        """Return which option makes rows, given the others."""
+        return "nothing" if self.sized_by_file and options.file is not None else self.varies
 
 
 def _passkey(options: TaskOptions) -> Iterator[Trial]:
@@ -108,11 +126,60 @@ def _questions(options: TaskOptions) -> Iterator[Trial]:
     return multi_document(options.needed_file, options.documents, options.trials, options.seed)
 
 
+def _ruler_questions(options: TaskOptions) -> Iterator[Trial]:
+    return ruler_questions(options.needed_file, options.tokenizer, options.tokens, options.trials, options.seed)
+
+
+def _key_values(options: TaskOptions) -> Iterator[Trial]:
+    if options.file is not None:
+        return read_key_values(options.file, options.trials)
+    return key_values(options.tokenizer, options.tokens, options.trials, options.seed)
+
+
+def _needles(**counts: int) -> Make:
+    def make(options: TaskOptions) -> Iterator[Trial]:
+        return needles(options.haystack(), options.trials, options.seed, words=options.file, **counts)
+
+    return make
+
+
+def _hidden(generator: Callable[[Haystack, int, int], Iterator[Trial]]) -> Make:
+    return lambda options: generator(options.haystack(), options.trials, options.seed)
+
+
+def _common_words(options: TaskOptions) -> Iterator[Trial]:
+    return common_words(options.haystack(), options.trials, options.seed, words=options.file)
+
+
+def _babilong(options: TaskOptions) -> Iterator[Trial]:
+    return babilong(options.haystack(), options.needed_file, options.trials, options.seed)
+
+
+def _from_file(loader: Callable[[Path, int], Iterator[Trial]]) -> Make:
+    return lambda options: loader(options.needed_file, options.trials)
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("passkey", "one number in a long text", _passkey, 8, "lengths"),
-        Task("questions", "a question among documents (--file: question, answers, ctxs)", _questions, 24, "documents"),
+        Task("questions", "a question among others' documents; needs --file", _questions, 24, "documents"),
+        Task("multihop", "HotpotQA or MuSiQue rows; needs --file", _from_file(multihop), 24, "nothing"),
+        Task("kv", "a UUID's value among records, generated or from --file", _key_values, 48, "lengths", True),
+        Task("number", "ten repeated digits in a long text", _hidden(number), 12, "lengths"),
+        Task("niah-single", "RULER: one needle", _needles(), 32, "lengths"),
+        Task("niah-multikey", "RULER: one of four keys", _needles(keys=4), 32, "lengths"),
+        Task("niah-multivalue", "RULER: four values of one key", _needles(values=4), 80, "lengths"),
+        Task("niah-multiquery", "RULER: four of four keys", _needles(keys=4, asked=4), 80, "lengths"),
+        Task("variables", "RULER: variable tracking", _hidden(variables), 60, "lengths"),
+        Task("common-words", "RULER: the ten most common words", _common_words, 120, "lengths"),
+        Task("frequent-words", "RULER: the three most frequent words", _hidden(frequent_words), 50, "lengths"),
+        Task("ruler-qa", "RULER: a SQuAD question by length; needs --file", _ruler_questions, 32, "lengths"),
+        Task("babilong", "bAbI facts in other text; needs --file", _babilong, 8, "lengths"),
+        Task("longeval-lines", "LongEval line retrieval; needs --file", _from_file(longeval_lines), 16, "nothing"),
+        Task("longeval-topics", "LongEval first topic; needs --file", _from_file(longeval_topics), 32, "nothing"),
+        Task("longbench", "a LongBench file; needs --file", _from_file(longbench), 32, "nothing"),
+        Task("infinitebench", "an InfiniteBench file; needs --file", _from_file(infinitebench), 48, "nothing"),
     )
 }
 
