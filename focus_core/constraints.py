@@ -125,6 +125,7 @@ def tool_calls(
     choice: str = "auto",
     parallel: bool = True,
     *,
+    schema: Mapping[str, Any] | bool | None = None,
     max_string: int = MAX_STRING,
     max_items: int = MAX_ITEMS,
 ) -> Grammar | None:
@@ -135,6 +136,7 @@ def tool_calls(
         choice: ``auto`` lets the model answer in text, or text and then calls; ``required`` asks for a call; a tool's
             name for a call of that tool; ``none`` allows none, which needs no grammar.
         parallel: whether several calls may follow each other.
+        schema: JSON schema that an answer without calls must be a value of; ``None`` leaves its text free.
         max_string: most characters of a string without a bound.
         max_items: most items of an array without a bound.
 
@@ -145,7 +147,7 @@ def tool_calls(
         ConfigError: a tool is unknown, named twice, or has a bad schema; or llguidance is not installed.
     """
     if choice == "none" or (choice == "auto" and not tools):
-        return None
+        return None if schema is None else json_schema(schema, max_string=max_string, max_items=max_items)
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
         raise ConfigError(f"two tools have the same name; got {', '.join(names)}")
@@ -155,29 +157,34 @@ def tool_calls(
     for tool in chosen:
         json_schema(tool.parameters, max_string=max_string, max_items=max_items)  # names the tool's own error
 
+    if schema is not None:
+        json_schema(schema, max_string=max_string, max_items=max_items)
+
     def source(lenient: bool) -> str:
-        schemas = [_prepared({"type": "object", **tool.parameters}, max_string, max_items, lenient) for tool in chosen]
-        return _calls_source([tool.name for tool in chosen], schemas, choice == "auto", parallel)
+        wanted = [{"type": "object", **tool.parameters} for tool in chosen]
+        schemas = [_prepared(one, max_string, max_items, lenient) for one in wanted]
+        answer = None if schema is None else _prepared(schema, max_string, max_items, lenient)
+        return _calls_source([tool.name for tool in chosen], schemas, choice == "auto", parallel, answer)
 
     return _checked(source, f"tools {', '.join(names)}")
 
 
-def _calls_source(names: Sequence[str], schemas: Sequence[Any], text_first: bool, parallel: bool) -> str:
+def _calls_source(names: Sequence[str], schemas: Sequence[Any], optional: bool, parallel: bool, answer: Any) -> str:
+    """Return the grammar in Lark: calls, or where they are ``optional`` text and then calls, or an ``answer``."""
+    opened = json.dumps(CALL_OPEN)
     heads = [json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ') for name in names]
     bodies = " | ".join(f"{head} arguments_{index}" for index, head in enumerate(heads))
-    lines = [
-        "%llguidance {}",
-        f"start: TEXT | {'opened' if text_first else json.dumps(CALL_OPEN)} call",
-        *(["opened[lazy]: TEXT " + json.dumps(CALL_OPEN)] if text_first else []),
-        f'call: "\\n" ({bodies}) "}}\\n" {json.dumps(CALL_CLOSE)}'
-        + (' ("\\n" ' + json.dumps(CALL_OPEN) + " call)?") * parallel,
-        "TEXT: /(.|\\n)*/",
-        *(f"arguments_{index}: %json {json.dumps(schema)}" for index, schema in enumerate(schemas)),
-    ]
-    if not text_first:
-        lines[1] = lines[1].replace("TEXT | ", "")
-        lines.remove("TEXT: /(.|\\n)*/")
-    return "\n".join(lines)
+    again = f'("\\n" {opened} call)?' if parallel else ""
+    rules = ["%llguidance {}"]
+    if not optional:
+        rules += [f"start: {opened} call"]
+    elif answer is not None:
+        rules += [f"start: answer | {opened} call", f"answer: %json {json.dumps(answer)}"]
+    else:
+        rules += ["start: TEXT | opened call", f"opened[lazy]: TEXT {opened}", "TEXT: /(.|\\n)*/"]
+    rules += [f'call: "\\n" ({bodies}) "}}\\n" {json.dumps(CALL_CLOSE)} {again}']
+    rules += [f"arguments_{index}: %json {json.dumps(schema)}" for index, schema in enumerate(schemas)]
+    return "\n".join(rules)
 
 
 _GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True}

@@ -21,7 +21,7 @@ from focus_core.attribution import Evidence, chunk_evidence, document_evidence
 from focus_core.candidate import CandidateAdapter
 from focus_core.chat import Message, Tool, fit_messages, render_messages
 from focus_core.config import DecodeConfig, FocusConfig, LocalMode, Positions
-from focus_core.constraints import Grammar, json_schema, tool_calls
+from focus_core.constraints import Grammar, tool_calls
 from focus_core.corpus import Document, load_documents
 from focus_core.errors import ConfigError, ContextTooLongError, UnsupportedModelError
 from focus_core.families import BaseDecoder
@@ -104,6 +104,11 @@ class AnswerStream:
         for token in self._source:
             self._tokens.append(token)
             yield token
+
+    @property
+    def documents(self) -> Mapping[str, Document]:
+        """What is being read, by id."""
+        return self._state.documents
 
     def cancel(self) -> None:
         """Stop as soon as possible; may be called from another thread."""
@@ -396,7 +401,7 @@ class FocusEngine:
             tools: what the model may call.
             tool_choice: ``auto``, ``none``, ``required`` or a tool's name.
             parallel: whether several calls may follow each other.
-            schema: JSON schema that the answer must be a value of, ``True`` for any JSON; tools are not called then.
+            schema: JSON schema that the answer must be a value of if no tool is called; ``True`` for any JSON.
             decode: sampling options.
             cancelled: an event that stops the request when set.
             **options: single fields of :class:`DecodeConfig`, over ``decode``.
@@ -406,10 +411,7 @@ class FocusEngine:
             ContextTooLongError: the last turn with the tools does not fit the window.
         """
         decode, cancelled = _decode(decode, options), cancelled or threading.Event()
-        if schema is not None:
-            constraint: Grammar | None = json_schema(schema)
-        else:
-            constraint = tool_calls(tools, tool_choice, parallel)
+        constraint = tool_calls(tools, tool_choice, parallel, schema=schema)
         offered = () if tool_choice == "none" else tools
         documents, kept = self.fit(messages, offered, decode.max_tokens)
         if documents:
@@ -418,6 +420,12 @@ class FocusEngine:
         local = render_messages(self.tokenizer, kept, offered)
         return self.stream_ids(local, memory, decode=decode, cancelled=cancelled, constraint=constraint)
 
+    def with_system(self, messages: Sequence[Message]) -> list[Message]:
+        """Put the adapter's system turn in front of a conversation that has none, where the base knows turns."""
+        system = self.info.system if getattr(self.tokenizer.tokenizer, "chat_template", None) else None
+        missing = system is not None and bool(messages) and messages[0].role != "system"
+        return [Message("system", system), *messages] if missing and system is not None else list(messages)
+
     def fit(
         self, messages: Sequence[Message], tools: Sequence[Tool], max_tokens: int
     ) -> tuple[list[Document], list[Message]]:
@@ -425,9 +433,7 @@ class FocusEngine:
 
         The adapter's system turn is put in front where there is none. Fitting twice changes nothing.
         """
-        system = self.info.system if getattr(self.tokenizer.tokenizer, "chat_template", None) else None
-        if system is not None and messages and messages[0].role != "system":
-            messages = [Message("system", system), *messages]
+        messages = self.with_system(messages)
         room = self.config.window - max_tokens - 1
 
         def count(some: Sequence[Message]) -> int:

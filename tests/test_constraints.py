@@ -124,6 +124,19 @@ def test_auto_leaves_text_free_and_holds_calls(engine):
     assert free.text != ""
 
 
+def test_a_schema_beside_tools_is_an_answer_or_a_call(engine):
+    """With tools and a schema an answer is either valid JSON or valid calls, and both happen."""
+    kinds = set()
+    for seed in range(12):
+        answer = _ask(
+            engine, tools=[NOW], schema={"type": "integer", "maximum": 9}, temperature=3.0, seed=seed, max_tokens=80
+        )
+        text, calls = parse_tool_calls(answer.text)
+        kinds.add(bool(calls))
+        assert calls or isinstance(json.loads(text), int)
+    assert kinds == {True, False}
+
+
 def test_unconstrained_sampling_is_unchanged_by_a_grammar_of_everything(engine):
     """With a grammar that allows all text, ids and log-probabilities equal those without one."""
     local = engine.local_ids("who?")

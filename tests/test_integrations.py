@@ -129,6 +129,6 @@ def test_the_readmes_blocks_run(framework, make_engine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     engine = make_engine(window=512, chunk_size=64)
     module = importlib.import_module(f"focus_integrations.{framework}.llm")
-    monkeypatch.setattr(module, "shared_engine", lambda *settings: engine)
+    monkeypatch.setattr(_engines, "_engines", {(None, None, None, None): engine})
     monkeypatch.setattr(module.FocusLLM.model_fields["max_tokens"], "default", 8)
     exec(compile(blocks[0], "README.md", "exec"), {"any_length_of_text": LONG})

@@ -6,83 +6,54 @@ is loaded at first use and shared by the process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
-from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
-from pydantic import ConfigDict, Field, PrivateAttr
 
 from focus_core.corpus import Document
-from focus_core.engine import Answer, AnswerStream, FocusEngine
-from focus_core.memory import Memory
-from focus_integrations._engines import MemoryHolder, shared_engine, source_dicts, start, to_documents
+from focus_core.engine import Answer, AnswerStream
+from focus_core.generation import check_cancelled
+from focus_integrations import _async
+from focus_integrations._engines import Held
+from focus_integrations.langchain._model import CONFIG, PROVIDER, FocusModel, trimmed, usage_of
 
 
-class FocusLLM(BaseLLM):
+class FocusLLM(FocusModel, BaseLLM):
     """A local model that reads documents and prompts longer than its window.
+
+    Its parameters are the fields of :class:`~focus_integrations.langchain._model.FocusModel`; all but those of loading
+    can be given for one call too.
 
     Example:
         >>> from focus_integrations.langchain import FocusLLM
         >>> llm = FocusLLM(documents="contracts/")
         >>> llm.invoke("Who signed the lease?")  # doctest: +SKIP
 
-    Args:
-        model: base model: hub name, folder or GGUF file; the installed default if not given.
-        adapter: adapter folder or hub name; the shipped one if not given.
-        documents: what every call reads: a path, texts, LangChain documents, or a list of them. The key
-            ``documents`` of a call is read besides.
-        memory_path: folder of a saved memory to read.
-        template: ``chat`` puts prompts as a user turn, ``question`` as the adapter was trained (short answers), ``raw``
-            continues them.
-        max_tokens: most tokens of an answer.
-        temperature: 0 is greedy.
-        top_p: nucleus sampling.
-        top_k: sample from the k likeliest.
-        seed: makes sampling reproducible.
-        stop: strings that end an answer.
-        chunk_size: most tokens of a chunk.
-        device: ``cpu`` or ``cuda``.
-        engine: a loaded engine to use instead of the process's.
+    Raises:
+        ConfigError: an option of a call is unknown or out of its bounds.
+        CorpusError: documents cannot be read.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True, protected_namespaces=())
-
-    model: str | None = None
-    adapter: str | None = None
-    documents: Any = None
-    memory_path: str | None = None
-    template: str = "chat"
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: list[str] | None = None
-    chunk_size: int | None = None
-    device: str | None = None
-    engine: FocusEngine | None = Field(default=None, exclude=True, repr=False)
-
-    _holder: MemoryHolder = PrivateAttr(default_factory=MemoryHolder)
+    model_config = CONFIG
 
     @property
     def _llm_type(self) -> str:
-        return "focusllm"
+        return PROVIDER
 
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
         """Everything an answer depends on, the corpus included: this is the LLM cache's key."""
-        engine = self._get_engine()
-        memory = self._get_memory()
-        return {
-            "model": engine.loaded.fingerprint,
-            "adapter": engine.adapter_fingerprint,
-            "focus": engine.config.to_dict(),
-            "memory": memory.fingerprint if memory is not None else None,
-            "template": self.template,
-            **self._sampling(None, {}),
-        }
+        return self._facts()
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
+        params = super()._get_ls_params(stop=stop, **kwargs)
+        params["ls_provider"] = PROVIDER
+        params["ls_model_name"] = kwargs.get("model") or self.model or PROVIDER
+        return params
 
     def get_num_tokens(self, text: str) -> int:
         """Count tokens with the model's own tokenizer."""
@@ -99,15 +70,33 @@ class FocusLLM(BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        generations, total = [], {"prompt_tokens": 0, "completion_tokens": 0}
+        return self._generate_all(prompts, stop, kwargs, threading.Event())
+
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        return await _async.call(lambda cancelled: self._generate_all(prompts, stop, kwargs, cancelled))
+
+    def _generate_all(
+        self, prompts: list[str], stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event
+    ) -> LLMResult:
+        generations, total = [], {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
         for prompt in prompts:
-            stream = self._start(prompt, stop, kwargs)
-            with stream:
+            stream, held = self._start(prompt, stop, kwargs, cancelled)
+            with self._limited(stream, kwargs):
                 answer = stream.answer
-            generations.append([Generation(text=answer.text, generation_info=_info(answer))])
+            generations.append(
+                [Generation(text=answer.text, generation_info=self._about(answer, stream, held, kwargs))]
+            )
             total["prompt_tokens"] += answer.usage.local + answer.usage.memory
             total["completion_tokens"] += answer.usage.generated
-        return LLMResult(generations=generations, llm_output={"token_usage": total, "model_name": self._name()})
+        total["total_tokens"] = total["prompt_tokens"] + total["completion_tokens"]
+        name = self._name(self._get_engine(kwargs), kwargs)
+        return LLMResult(generations=generations, llm_output={"token_usage": total, "model_name": name})
 
     def _stream(
         self,
@@ -116,44 +105,44 @@ class FocusLLM(BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        stream = self._start(prompt, stop, kwargs)
-        with stream:
-            for piece in stream:
-                chunk = GenerationChunk(text=piece)
-                if run_manager:
-                    run_manager.on_llm_new_token(piece, chunk=chunk)
-                yield chunk
-            yield GenerationChunk(text="", generation_info=_info(stream.answer))
+        for chunk in self._chunks(prompt, stop, kwargs, threading.Event()):
+            if run_manager:
+                run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+            yield chunk
 
-    def _start(self, prompt: str, stop: list[str] | None, kwargs: dict[str, Any]) -> AnswerStream:
-        options = self._sampling(stop, kwargs)
-        extra: list[Document] = to_documents(kwargs["documents"]) if kwargs.get("documents") else []
-        return start(self._get_engine(), prompt, self._get_memory(), extra, template=self.template, **options)
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        async for chunk in _async.iterate(lambda cancelled: self._chunks(prompt, stop, kwargs, cancelled)):
+            if run_manager:
+                await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+            yield chunk
 
-    def _sampling(self, stop: list[str] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
-        options = {name: kwargs.get(name, getattr(self, name)) for name in names}
-        return options | {"stop": tuple(stop or self.stop or ())}
+    def _chunks(
+        self, prompt: str, stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event
+    ) -> Iterator[GenerationChunk]:
+        stream, held = self._start(prompt, stop, kwargs, cancelled)
+        with self._limited(stream, kwargs):
+            for piece in trimmed(iter(stream)):
+                yield GenerationChunk(text=piece)
+            yield GenerationChunk(text="", generation_info=self._about(stream.answer, stream, held, kwargs))
 
-    def _get_engine(self) -> FocusEngine:
-        return self.engine or shared_engine(self.model, self.adapter, self.chunk_size, self.device)
+    def _start(
+        self, prompt: str, stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event
+    ) -> tuple[AnswerStream, Held]:
+        """Begin an answer to a prompt of any length: what does not fit the window becomes memory."""
+        decode, engine = self._decode(stop, kwargs), self._get_engine(kwargs)
+        head, tail = engine.split_prompt(prompt)
+        extra = [Document("prompt", head)] if head.strip() else []
+        held = self._hold(engine, tail, extra, kwargs, lambda: check_cancelled(cancelled))
+        template = kwargs.get("template", self.template)
+        return engine.stream(tail, held.memory, decode=decode, template=template, cancelled=cancelled), held
 
-    def _get_memory(self) -> Memory | None:
-        return self._holder.get(self._get_engine(), self.documents, self.memory_path)
-
-    def _name(self) -> str:
-        return self.model or self._get_engine().loaded.name
-
-
-def _info(answer: Answer) -> dict[str, Any]:
-    """Return what chains may want to know: why it ended, token counts, and sources with exact spans."""
-    return {
-        "finish_reason": answer.finish_reason,
-        "usage": {
-            "input_tokens": answer.usage.local + answer.usage.memory,
-            "output_tokens": answer.usage.generated,
-            "memory_tokens": answer.usage.memory,
-            "chunks": answer.usage.chunks,
-        },
-        "sources": source_dicts(answer),
-    }
+    def _about(self, answer: Answer, stream: AnswerStream, held: Held, kwargs: dict[str, Any]) -> dict[str, Any]:
+        info = self._info(self._get_engine(kwargs), answer, stream, held, kwargs)
+        usage = usage_of(answer, held) | {"memory_tokens": answer.usage.memory, "chunks": answer.usage.chunks}
+        return {**info, "usage": usage}

@@ -1,0 +1,170 @@
+"""Translate LangChain messages and tools to the core's and back.
+
+``text-plain`` and ``file`` blocks of a message become documents for memory; other media are refused by name. Citations
+of an answer travel in ``response_metadata`` and appear as standard annotations in ``content_blocks``: langchain-core
+asks the translator registered here for them. Nothing is generated here.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
+from langchain_core.messages.block_translators import register_translator
+
+from focus_core.chat import Message, Role, Tool, ToolCall
+from focus_core.corpus import Document
+from focus_core.errors import ConfigError, NotTextError
+from focus_integrations.langchain._model import PROVIDER
+
+_ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "ai": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "developer": "system",
+    "tool": "tool",
+    "function": "tool",
+}
+_SILENT = ("tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "reasoning", "thinking", "non_standard")
+
+
+def to_messages(messages: Sequence[BaseMessage]) -> tuple[list[Message], list[Document]]:
+    """Translate a conversation; returns its messages and the documents that were attached to them.
+
+    Raises:
+        ConfigError: a role is unknown, or a message holds media that are no text.
+        NotTextError: an attached file is not UTF-8 text.
+    """
+    documents: list[Document] = []
+    found = [_to_message(message, documents) for message in messages]
+    return found, documents
+
+
+def to_tools(tools: Sequence[Mapping[str, Any]]) -> list[Tool]:
+    """Translate tools in OpenAI's form, which ``bind_tools`` makes.
+
+    Raises:
+        ConfigError: one is not of that form.
+    """
+    found = []
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not function.get("name"):
+            raise ConfigError(f"a tool must be a function in OpenAI's form; got {tool!r}; use bind_tools to make it")
+        parameters = function.get("parameters")
+        schema = {"type": "object", "properties": {}} if parameters is None else parameters
+        found.append(Tool(str(function["name"]), str(function.get("description") or ""), schema))
+    return found
+
+
+def to_choice(choice: Any, tools: Sequence[Tool]) -> str:
+    """Translate every form of ``tool_choice`` to ``auto``, ``none``, ``required`` or a tool's name.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if isinstance(choice, Mapping):
+        function = choice.get("function")
+        choice = function.get("name") if isinstance(function, Mapping) else choice.get("name", choice.get("type"))
+    if choice is None or choice == "auto":
+        return "auto"
+    if choice is False or choice == "none":
+        return "none"
+    if choice is True or choice in ("any", "required"):
+        return "required"
+    if choice in [tool.name for tool in tools]:
+        return str(choice)
+    names = ", ".join(tool.name for tool in tools) or "no tools"
+    raise ConfigError(f"tool_choice {choice!r} is none of auto, none, any, required, True or a tool's name ({names})")
+
+
+def _to_message(message: BaseMessage, documents: list[Document]) -> Message:
+    role = _ROLES.get(getattr(message, "role", message.type))
+    if role is None:
+        raise ConfigError(f"a message has the unknown role {getattr(message, 'role', message.type)!r}")
+    content = _text(message.content, documents)
+    if isinstance(message, AIMessage):
+        calls = tuple(ToolCall(call["id"] or "", call["name"], dict(call["args"])) for call in message.tool_calls)
+        return Message("assistant", content, calls)
+    if isinstance(message, ToolMessage):
+        said = f"Error: {content}" if message.status == "error" else content
+        return Message("tool", said, tool_call_id=message.tool_call_id, name=message.name)
+    return Message(role, content, name=message.name if role == "tool" else None)
+
+
+def _text(content: str | Sequence[Any], documents: list[Document]) -> str:
+    if isinstance(content, str):
+        return content
+    pieces = []
+    for block in content:
+        kind = block.get("type", "text") if isinstance(block, Mapping) else "text"
+        if isinstance(block, str):
+            pieces.append(block)
+        elif kind in ("text-plain", "file"):
+            document = _document(block)
+            documents.append(document)
+            pieces.append(f"[{document.id}]")
+        elif isinstance(block.get("text"), str):
+            pieces.append(block["text"])
+        elif kind == "json" or "json" in block:
+            pieces.append(str(block.get("json")))
+        elif kind not in _SILENT:
+            raise ConfigError(f"this model reads text only; got a block of type {kind!r}; leave it out")
+    return "\n".join(pieces)
+
+
+def _document(block: Mapping[str, Any]) -> Document:
+    """Return the document of a ``text-plain`` or ``file`` block."""
+    text, data, mime = block.get("text"), block.get("base64"), str(block.get("mime_type") or "text/plain")
+    extras = block.get("extras") or {}
+    title = block.get("title") or block.get("filename") or extras.get("title") or extras.get("filename")
+    if text is None and data is not None:
+        if not mime.startswith("text/") and mime not in ("application/json", "application/xml"):
+            raise NotTextError(f"attached file {title or ''!r} is {mime}; convert it to text first (`markitdown`)")
+        try:
+            text = base64.b64decode(data).decode("utf-8-sig")
+        except (binascii.Error, UnicodeDecodeError) as error:
+            raise NotTextError(f"attached file {title or ''!r} is not UTF-8 text ({error})") from error
+    if not isinstance(text, str):
+        raise ConfigError(
+            f"an attached document needs 'text' or 'base64'; got {', '.join(sorted(block))}; read it first"
+        )
+    known = {key: block[key] for key in ("title", "context", "url") if block.get(key)}
+    name = title or f"attachment-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return Document(str(name), text, known)
+
+
+# -- content blocks of answers ----------------------------------------------------------------------------------
+
+
+def _blocks(message: Any, calls: Sequence[Mapping[str, Any]], kind: str) -> list[Any]:
+    if not isinstance(message.content, str):
+        raise NotImplementedError  # content that is blocks already is read by langchain-core itself
+    found: list[Any] = []
+    cited = message.response_metadata.get("citations") or []
+    if message.content or cited:
+        found.append({"type": "text", "text": message.content, **({"annotations": cited} if cited else {})})
+    for call in calls:
+        block = {"type": kind, "id": call.get("id"), "name": call.get("name"), "args": call.get("args")}
+        found.append(block | ({"index": call["index"]} if call.get("index") is not None else {}))
+    return found
+
+
+def _translate(message: Any) -> list[Any]:
+    broken = [{"type": "invalid_tool_call", **call} for call in message.invalid_tool_calls]
+    return [*_blocks(message, message.tool_calls, "tool_call"), *broken]
+
+
+def _translate_chunk(message: Any) -> list[Any]:
+    if message.chunk_position == "last":
+        return _translate(message)
+    return _blocks(message, message.tool_call_chunks, "tool_call_chunk")
+
+
+register_translator(PROVIDER, _translate, _translate_chunk)

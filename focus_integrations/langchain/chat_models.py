@@ -1,0 +1,362 @@
+"""Run FocusLLM as a LangChain chat model: tools, structured output, citations, over conversations of any length.
+
+Only the underscore methods, ``bind_tools`` and ``with_structured_output`` are written; the rest comes from
+langchain-core. Tool calls and structured output are held to their schemas while they are generated, so a small model's
+are always well formed. The model is loaded at first use and shared by the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Any, Literal, Self
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
+from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
+from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import model_validator
+
+from focus_core import __version__
+from focus_core.chat import ChatDelta, Message, ToolCallParser, render_messages
+from focus_core.engine import AnswerStream, FocusEngine
+from focus_core.errors import ConfigError
+from focus_core.generation import check_cancelled
+from focus_integrations import _async
+from focus_integrations._engines import Held
+from focus_integrations.langchain._messages import to_choice, to_messages, to_tools
+from focus_integrations.langchain._model import CAPACITY, CONFIG, PROVIDER, FocusModel, trimmed, usage_of
+
+_KNOWN = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "strict", "stream")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One running request."""
+
+    engine: FocusEngine
+    stream: AnswerStream
+    held: Held
+    parser: ToolCallParser | None
+
+
+class ChatFocusLLM(FocusModel, BaseChatModel):
+    """A local chat model that reads documents and conversations longer than its window, and says what it used.
+
+    Its parameters are the fields of :class:`~focus_integrations.langchain._model.FocusModel`; all but those of loading
+    can be given for one call too, with ``tools``, ``tool_choice``, ``parallel_tool_calls`` and ``response_format``.
+
+    Example:
+        >>> from focus_integrations.langchain import ChatFocusLLM
+        >>> chat = ChatFocusLLM(documents="contracts/")
+        >>> answer = chat.invoke("Who signed the lease?")  # doctest: +SKIP
+        >>> answer.content_blocks[0]["annotations"][0]["cited_text"]  # doctest: +SKIP
+
+    Raises:
+        ConfigError: an option of a call, a tool or a schema is bad.
+        ContextTooLongError: the last turn with the tools does not fit the window.
+        CorpusError: documents cannot be read.
+    """
+
+    model_config = CONFIG
+
+    @model_validator(mode="after")
+    def _set_focusllm_version(self) -> Self:
+        self._add_version("focusllm", __version__)
+        return self
+
+    @property
+    def _llm_type(self) -> str:
+        return f"{PROVIDER}-chat"
+
+    @property
+    def _identifying_params(self) -> Mapping[str, Any]:
+        """Everything an answer depends on, the corpus included: this is the LLM cache's key."""
+        return self._facts()
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        return str(sorted({**self._facts(kwargs), "call": repr(sorted(kwargs.items(), key=str)), "ends": stop}.items()))
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
+        params = super()._get_ls_params(stop=stop, **kwargs)
+        params["ls_provider"] = PROVIDER
+        params["ls_model_name"] = kwargs.get("model") or self.model or PROVIDER
+        return params
+
+    def _resolve_model_profile(self) -> Any:
+        return {
+            "name": self.model or PROVIDER,
+            "max_input_tokens": CAPACITY,
+            "max_output_tokens": 2048,
+            "text_inputs": True,
+            "text_outputs": True,
+            "image_inputs": False,
+            "audio_inputs": False,
+            "video_inputs": False,
+            "pdf_inputs": False,
+            "reasoning_output": False,
+            "tool_calling": True,
+            "tool_choice": True,
+            "structured_output": True,
+        }
+
+    # -- token counts -------------------------------------------------------------------------------------------
+
+    def get_num_tokens(self, text: str) -> int:
+        """Count tokens with the model's own tokenizer."""
+        return self._get_engine().count_tokens(text)
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Return the model's own token ids."""
+        return self._get_engine().tokenizer.encode(text)
+
+    def get_num_tokens_from_messages(
+        self,
+        messages: list[BaseMessage],
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool] | None = None,
+    ) -> int:
+        """Count the tokens of a conversation as the model reads it: template, tools and attached documents."""
+        engine = self._get_engine()
+        said, documents = to_messages(messages)
+        offered = to_tools([convert_to_openai_tool(tool) for tool in tools or ()])
+        attached = sum(engine.count_tokens(document.text) for document in documents)
+        return len(render_messages(engine.tokenizer, engine.with_system(said), offered)) + attached
+
+    # -- answers ------------------------------------------------------------------------------------------------
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return self._result(messages, stop, kwargs, threading.Event())
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return await _async.call(lambda cancelled: self._result(messages, stop, kwargs, cancelled))
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        for chunk in self._chunks(messages, stop, kwargs, threading.Event()):
+            if run_manager:
+                run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+            yield chunk
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        async for chunk in _async.iterate(lambda cancelled: self._chunks(messages, stop, kwargs, cancelled)):
+            if run_manager:
+                await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+            yield chunk
+
+    def _result(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event
+    ) -> ChatResult:
+        call = self._begin(messages, stop, kwargs, cancelled)
+        with self._limited(call.stream, kwargs):
+            text = "".join(delta.text for delta in _deltas(call)).strip()
+        parser = call.parser or ToolCallParser()
+        message = AIMessage(
+            content=text,
+            tool_calls=[tool_call(name=one.name, args=one.arguments, id=one.id) for one in parser.calls],
+            invalid_tool_calls=[
+                invalid_tool_call(name=name, args=arguments, id=key, error="the call was cut off")
+                for key, name, arguments in parser.broken
+            ],
+            **self._about(call, text, kwargs),
+        )
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    def _chunks(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event
+    ) -> Iterator[ChatGenerationChunk]:
+        call = self._begin(messages, stop, kwargs, cancelled)
+        text = ""
+        with self._limited(call.stream, kwargs):
+            for delta in _deltas(call):
+                text += delta.text
+                yield ChatGenerationChunk(message=_chunk(delta))
+        last = AIMessageChunk(content="", chunk_position="last", **self._about(call, text, kwargs))
+        yield ChatGenerationChunk(message=last)
+
+    def _begin(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event
+    ) -> _Call:
+        """Start a request: what does not fit the window, and attached documents, become memory."""
+        decode, engine = self._decode(stop, kwargs, _KNOWN), self._get_engine(kwargs)
+        said, attached = to_messages(messages)
+        tools = to_tools(kwargs.get("tools") or ())
+        choice = to_choice(kwargs.get("tool_choice"), tools)
+        parallel = kwargs.get("parallel_tool_calls")
+        query = next((one.content for one in reversed(said) if one.role == "user"), "")
+        said = self._asked(engine, said, kwargs)
+        overflow, kept = engine.fit(said, tools if choice != "none" else (), decode.max_tokens)
+        held = self._hold(engine, query, [*attached, *overflow], kwargs, lambda: check_cancelled(cancelled))
+        stream = engine.chat(
+            kept,
+            held.memory,
+            tools=tools,
+            tool_choice=choice,
+            parallel=parallel is not False,
+            schema=_schema_of(kwargs.get("response_format")),
+            decode=decode,
+            cancelled=cancelled,
+        )
+        request = hashlib.sha256(repr((said, tools, decode)).encode("utf-8", "surrogatepass")).hexdigest()
+        return _Call(engine, stream, held, ToolCallParser(request) if tools and choice != "none" else None)
+
+    def _asked(self, engine: FocusEngine, said: list[Message], kwargs: Mapping[str, Any]) -> list[Message]:
+        """Put the last question as the adapter was trained, if that is asked for."""
+        template = kwargs.get("template", self.template)
+        if template == "raw":
+            raise ConfigError("template 'raw' has no turns; use FocusLLM for it")
+        if template == "question" and said and said[-1].role == "user":
+            question = engine.info.question_template.replace("{question}", said[-1].content)
+            return [*said[:-1], replace(said[-1], content=question)]
+        return said
+
+    def _about(self, call: _Call, text: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        answer = call.stream.answer
+        info = self._info(call.engine, answer, call.stream, call.held, kwargs)
+        if call.parser is not None and call.parser.calls:
+            info["finish_reason"] = "tool_calls"
+        info["citations"] = [{**one, "end_index": len(text)} for one in info["citations"]] if text else []
+        return {
+            "response_metadata": {**info, "model_provider": PROVIDER},
+            "usage_metadata": usage_of(answer, call.held),
+        }
+
+    # -- tools and structured output ----------------------------------------------------------------------------
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: dict[str, Any] | str | bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Return a model that may call tools.
+
+        Args:
+            tools: functions, tools, pydantic classes or OpenAI dictionaries.
+            tool_choice: ``auto``, ``none``, ``any`` or ``required`` or ``True``, a tool's name, or OpenAI's dictionary.
+            **kwargs: bound too, for example ``parallel_tool_calls=False``.
+
+        Raises:
+            ConfigError: a tool's schema or the choice is bad.
+        """
+        made = [convert_to_openai_tool(tool) for tool in tools]
+        to_choice(tool_choice, to_tools(made))
+        if tool_choice is not None:
+            kwargs["tool_choice"] = tool_choice
+        return super().bind(tools=made, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        method: Literal["json_schema", "function_calling", "json_mode"] = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Return a model whose answers are values of a schema.
+
+        Args:
+            schema: pydantic class, ``TypedDict`` or JSON schema with a title.
+            method: ``json_schema`` holds the answer to the schema; ``function_calling`` asks for a call of a tool with
+                its fields; ``json_mode`` holds the answer to JSON of the schema's form too, but expects the prompt to
+                describe it.
+            include_raw: return ``raw``, ``parsed`` and ``parsing_error``.
+            strict: taken for compatibility; answers are always held to the schema.
+            **kwargs: bound too.
+
+        Raises:
+            ConfigError: the method is none of these, or the schema cannot be used.
+        """
+        pydantic = isinstance(schema, type) and is_basemodel_subclass(schema)
+        described = {"ls_structured_output_format": {"kwargs": {"method": method, "strict": strict}, "schema": schema}}
+        parser: Runnable[Any, Any]
+        if method == "function_calling":
+            tool = convert_to_openai_tool(schema)
+            name = tool["function"]["name"]
+            llm = self.bind_tools([tool], tool_choice=name, parallel_tool_calls=False, **described, **kwargs)
+            if pydantic:
+                parser = PydanticToolsParser(tools=[schema], first_tool_only=True)  # type: ignore[list-item]
+            else:
+                parser = JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
+        elif method in ("json_schema", "json_mode"):
+            wanted = convert_to_json_schema(schema)
+            form = {"type": "json_schema", "json_schema": {"name": wanted.get("title", "answer"), "schema": wanted}}
+            llm = super().bind(response_format=form, **described, **kwargs)
+            shape: Any = schema
+            parser = PydanticOutputParser(pydantic_object=shape) if pydantic else JsonOutputParser()
+        else:
+            raise ConfigError(f"method must be json_schema, function_calling or json_mode; got {method!r}")
+        if not include_raw:
+            return llm | parser
+        assign = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+        failed = RunnablePassthrough.assign(parsed=lambda _: None)
+        return RunnableMap(raw=llm) | assign.with_fallbacks([failed], exception_key="parsing_error")
+
+
+def _deltas(call: _Call) -> Iterator[ChatDelta]:
+    """Yield what the model writes, tool calls taken apart."""
+    for piece in trimmed(iter(call.stream)):
+        if call.parser is None:
+            yield ChatDelta(piece)
+        else:
+            yield from call.parser.push(piece)
+    if call.parser is not None:
+        yield from call.parser.finish()
+
+
+def _chunk(delta: ChatDelta) -> AIMessageChunk:
+    if delta.index is None:
+        return AIMessageChunk(content=delta.text)
+    piece = tool_call_chunk(name=delta.name, args=delta.arguments, id=delta.id, index=delta.index)
+    return AIMessageChunk(content="", tool_call_chunks=[piece])
+
+
+def _schema_of(form: Any) -> Mapping[str, Any] | bool | None:
+    """Return the JSON schema of a ``response_format`` in OpenAI's form, or of a schema given as it is."""
+    if form is None or form == {"type": "text"}:
+        return None
+    if isinstance(form, Mapping) and form.get("type") == "json_object":
+        return {"type": "object"}
+    if isinstance(form, Mapping) and form.get("type") == "json_schema":
+        inner = form.get("json_schema")
+        schema = inner.get("schema") if isinstance(inner, Mapping) else None
+        if isinstance(schema, Mapping):
+            return schema
+        raise ConfigError(f"response_format needs json_schema.schema; got {json.dumps(form, default=str)}")
+    return convert_to_json_schema(form)
