@@ -109,6 +109,9 @@ class ExampleStream:
         low, high = config.local_tokens
         split = rng.randint(4, max(4, low - 8))
         length = split + max(2, min(rng.randint(low, high) - split, config.max_candidate_rows // count))
+        if kind == "reconstruction":  # the span must lie in the memory
+            length = max(2, min(length, size * count))
+            split = min(split, (length + 1) // 2)
         needed = size * count + (length if kind == "continuation" else 0)
         ids = self._window(rng, max(needed, length + 1))
         memory = ids[: size * count]
@@ -116,7 +119,7 @@ class ExampleStream:
         if kind == "continuation":
             queries = [Query(tuple(ids[len(memory) : len(memory) + length]), split)]
         else:
-            starts = [rng.randrange(max(1, len(memory) - length)) for _ in range(1 if count > 8 else 2)]
+            starts = [rng.randrange(max(1, len(memory) - length + 1)) for _ in range(1 if count > 8 else 2)]
             queries = [
                 Query(tuple(memory[at : at + length]), split, gold=(*range(at // size, (at + length - 1) // size + 1),))
                 for at in starts

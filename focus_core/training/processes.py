@@ -6,12 +6,13 @@ Precision is left to the base's dtype: accelerate's autocast is off. Nothing her
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object  # type: ignore[import-untyped]
 
 from focus_core.errors import ConfigError
 
@@ -22,13 +23,15 @@ class Processes:
     """The processes of a run, as ``accelerate launch`` started them; one if it did not.
 
     Args:
-        device: ``cpu`` keeps a run off the GPU; accelerate chooses if not given.
+        device: ``cpu`` keeps a run off the GPU; ``cuda`` if there is one, if not given.
     """
 
     def __init__(self, device: str | torch.device | None = None) -> None:
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # the last layer's q and o get no gradient
-        on_cpu = device is not None and torch.device(device).type == "cpu"
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[unused])
+        on_cpu = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cpu"
+        gloo = []
+        if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+            on_cpu, gloo = False, [InitProcessGroupKwargs(backend="gloo")]  # accelerate has no name for this pair
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=gloo)
 
     @property
     def device(self) -> torch.device:
