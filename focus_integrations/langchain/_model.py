@@ -54,8 +54,8 @@ _PER_CALL = (
 )
 
 
-class FocusModel(BaseModel):
-    """Fields of :class:`FocusLLM` and :class:`ChatFocusLLM`; each is described in docs/langchain.md."""
+class FocusCorpus(BaseModel):
+    """Fields that say which model reads what."""
 
     model_config = CONFIG
 
@@ -75,6 +75,51 @@ class FocusModel(BaseModel):
     """Part of the memory to read: ids, metadata that must be equal, or a function of a core ``Document``."""
     retriever: BaseRetriever | None = None
     """Finds documents for the prompt (the last message), which are read besides."""
+    chunk_size: int | None = None
+    """Most tokens of a chunk; the adapter's if not given."""
+    device: str | None = None
+    """``cpu`` or ``cuda``; chosen if not given."""
+    dtype: str | None = None
+    """``float32``, ``bfloat16`` or ``float16``; chosen if not given."""
+    engine: FocusEngine | None = Field(default=None, exclude=True, repr=False)
+    """A loaded engine to use instead of the process's."""
+    holder: MemoryHolder = Field(default_factory=MemoryHolder, exclude=True, repr=False)
+    """Shared by copies of the model, so that they read documents once."""
+
+    # -- engine and memory --------------------------------------------------------------------------------------
+
+    def _get_engine(self, kwargs: Mapping[str, Any] | None = None) -> FocusEngine:
+        other = (kwargs or {}).get("model")
+        if self.engine is not None and other in (None, self.engine.loaded.name):
+            return self.engine
+        name = other if other not in (None, self.model) else self.model
+        return shared_engine(name, self.adapter, self.chunk_size, self.device, self.dtype)
+
+    def _hold(
+        self, engine: FocusEngine, query: str, extra: list[Any], kwargs: Mapping[str, Any], check: Callable[[], None]
+    ) -> Held:
+        """Return what a call reads: the model's own memory, or the call's instead, with the call's documents."""
+        given = kwargs.get("memory", kwargs.get("memory_path"))
+        found = self.retriever.invoke(query) if self.retriever is not None else []
+        more = [*to_documents(kwargs["documents"]), *extra] if kwargs.get("documents") is not None else extra
+        return self.holder.hold(
+            engine,
+            self.documents if given is None else None,
+            given if given is not None else self._own_memory(),
+            [*found, *more],
+            kwargs.get("memory_filter", self.memory_filter),
+            check,
+        )
+
+    def _own_memory(self) -> Memory | str | None:
+        if self.memory is not None and not isinstance(self.memory, Memory):
+            raise ConfigError(f"memory must be made by FocusEngine.remember; got {type(self.memory).__name__}")
+        return self.memory if self.memory is not None else self.memory_path
+
+
+class FocusModel(FocusCorpus):
+    """Fields of :class:`FocusLLM` and :class:`ChatFocusLLM`; each is described in docs/langchain.md."""
+
     template: Literal["chat", "question", "raw"] = "chat"
     """``chat`` puts prompts as a user turn, ``question`` as the adapter was trained (briefly), ``raw`` as text."""
     citations: int = Field(default=3, ge=0)
@@ -103,52 +148,12 @@ class FocusModel(BaseModel):
     """Chunks run together in a step; chosen from free memory if not given."""
     timeout: float | None = None
     """Most seconds of a call; then it is stopped and raises ``TimeoutError``."""
-    chunk_size: int | None = None
-    """Most tokens of a chunk; the adapter's if not given."""
-    device: str | None = None
-    """``cpu`` or ``cuda``; chosen if not given."""
-    dtype: str | None = None
-    """``float32``, ``bfloat16`` or ``float16``; chosen if not given."""
     streaming: bool = False
     """Stream inside ``invoke``, so that callbacks hear every token."""
     max_retries: int | None = None
     """Taken for compatibility; a local model has nothing to retry."""
     api_key: SecretStr | None = None
     """Taken for compatibility; a local model needs none."""
-    engine: FocusEngine | None = Field(default=None, exclude=True, repr=False)
-    """A loaded engine to use instead of the process's."""
-    holder: MemoryHolder = Field(default_factory=MemoryHolder, exclude=True, repr=False)
-    """Shared by copies of the model, so that they read documents once."""
-
-    # -- engine and memory --------------------------------------------------------------------------------------
-
-    def _get_engine(self, kwargs: Mapping[str, Any] | None = None) -> FocusEngine:
-        other = (kwargs or {}).get("model")
-        if self.engine is not None and other in (None, self.engine.loaded.name):
-            return self.engine
-        name = other if other not in (None, self.model) else self.model
-        return shared_engine(name, self.adapter, self.chunk_size, self.device, self.dtype)
-
-    def _hold(
-        self, engine: FocusEngine, query: str, extra: list[Any], kwargs: Mapping[str, Any], check: Callable[[], None]
-    ) -> Held:
-        """Return what a call reads: the model's own memory, or the call's instead, with the call's documents."""
-        given = kwargs.get("memory", kwargs.get("memory_path"))
-        found = list(self.retriever.invoke(query)) if self.retriever is not None else []
-        more = [*to_documents(kwargs["documents"]), *extra] if kwargs.get("documents") is not None else extra
-        return self.holder.hold(
-            engine,
-            self.documents if given is None else None,
-            given if given is not None else self._own_memory(),
-            [*found, *more],
-            kwargs.get("memory_filter", self.memory_filter),
-            check,
-        )
-
-    def _own_memory(self) -> Memory | str | None:
-        if self.memory is not None and not isinstance(self.memory, Memory):
-            raise ConfigError(f"memory must be made by FocusEngine.remember; got {type(self.memory).__name__}")
-        return self.memory if self.memory is not None else self.memory_path
 
     # -- calls --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,115 @@
+"""Rank passages by the attention that a question puts on them, and read what another retriever found.
+
+The scores are the ones an answer's citations have, so retrieval can be looked at, measured and combined with other
+retrievers. Nothing is embedded: documents are read once, and each question runs one decoding step over all of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
+from langchain_core.documents import Document
+from langchain_core.language_models import LanguageModelLike
+from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
+from langchain_core.prompts import BasePromptTemplate
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import Runnable, RunnableLambda
+from pydantic import Field
+
+from focus_core.attribution import Evidence
+from focus_core.corpus import Document as CoreDocument
+from focus_core.errors import ConfigError
+from focus_core.generation import check_cancelled
+from focus_integrations import _async
+from focus_integrations.langchain._model import CONFIG, FocusCorpus
+
+IN_MEMORY = "(the documents are in memory)"
+
+
+class FocusRetriever(FocusCorpus, BaseRetriever):
+    """Passages with most attention for a question, best first.
+
+    Its other parameters are those of :class:`~focus_integrations.langchain._model.FocusCorpus`; with ``retriever`` it
+    ranks the passages of what that one finds.
+
+    Example:
+        >>> from focus_integrations.langchain import FocusRetriever
+        >>> FocusRetriever(documents="contracts/", k=3).invoke("Who signed the lease?")  # doctest: +SKIP
+
+    Args:
+        k: passages to return.
+        steps: tokens of an answer to listen to; 1 looks at the question alone.
+
+    Raises:
+        ConfigError: there is nothing to read.
+    """
+
+    model_config = CONFIG
+
+    k: int = Field(default=4, ge=1)
+    steps: int = Field(default=1, ge=1)
+
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
+    ) -> list[Document]:
+        return self._ranked(query, k, kwargs, threading.Event())
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
+    ) -> list[Document]:
+        return await _async.call(lambda cancelled: self._ranked(query, k, kwargs, cancelled))
+
+    def _ranked(self, query: str, k: int | None, kwargs: dict[str, Any], cancelled: threading.Event) -> list[Document]:
+        unknown = sorted(set(kwargs) - {"documents", "memory", "memory_path", "memory_filter"})
+        if unknown:
+            raise ConfigError(
+                f"unknown option {', '.join(unknown)}; a retriever takes k, documents, memory, memory_filter"
+            )
+        engine = self._get_engine()
+        held = self._hold(engine, query, [], kwargs, lambda: check_cancelled(cancelled))
+        if held.memory is None or not held.memory.chunks:
+            raise ConfigError("a retriever needs something to read; give documents, memory or memory_path")
+        stream = engine.stream(query, held.memory, max_tokens=self.steps, cancelled=cancelled)
+        best = stream.answer.passages[: self.k if k is None else k]
+        return [_passage(item, stream.documents[item.document_id]) for item in best]
+
+
+def create_documents_chain(
+    llm: LanguageModelLike,
+    prompt: BasePromptTemplate[Any],
+    *,
+    document_variable_name: str = "context",
+    output_parser: BaseOutputParser[Any] | None = None,
+) -> Runnable[dict[str, Any], Any]:
+    """Return a chain that takes documents and reads all of them; it replaces ``create_stuff_documents_chain``.
+
+    Args:
+        llm: a ``FocusLLM`` or ``ChatFocusLLM``, plain or bound.
+        prompt: as for the stuffing chain; where it names the documents' variable, a note stands in their place.
+        document_variable_name: key of the input that holds the documents.
+        output_parser: reads the answer; text if not given.
+    """
+    parser = output_parser or StrOutputParser()
+
+    def read(inputs: dict[str, Any]) -> Runnable[Any, Any]:
+        documents = inputs.get(document_variable_name)
+        if documents is None:
+            raise ConfigError(f"the chain needs documents under {document_variable_name!r}; got {', '.join(inputs)}")
+        bound: Any = llm
+        noted: Runnable[Any, Any] = RunnableLambda(lambda given: {**given, document_variable_name: IN_MEMORY})
+        return noted | prompt | bound.bind(documents=list(documents)) | parser
+
+    return RunnableLambda(read).with_config(run_name="focus_documents_chain")
+
+
+def _passage(item: Evidence, document: CoreDocument) -> Document:
+    facts = {
+        "document_id": item.document_id,
+        "score": item.score,
+        "start_index": item.start,
+        "end_index": item.end,
+    }
+    key = f"{item.document_id}:{item.start}-{item.end}"
+    return Document(page_content=item.text, metadata={**document.metadata, **facts}, id=key)
