@@ -85,7 +85,10 @@ def test_documents_are_read_and_named(engine):
         assert text[source["start"] : source["end"]] == source["text"]
     extra = llm.complete("who?", documents=[Page(text="the hat " * 20, doc_id="c")]).raw
     assert "c" in {source["document_id"] for source in extra["focus"]["sources"]}
-    assert llm.complete("who?").raw == raw
+    assert extra["focus"]["read_now"] == extra["focus"]["memory_tokens"] - raw["focus"]["memory_tokens"] > 0
+    again = llm.complete("who?").raw
+    assert again["focus"]["sources"] == raw["focus"]["sources"]
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == raw["focus"]["memory_tokens"]
     assert len(llm.complete("who?", max_sources=1).raw["focus"]["sources"]) == 1
 
 
@@ -202,7 +205,7 @@ def test_a_pickle_finds_its_engine_again(engine, monkeypatch):
     text = llm.complete("the cat").text
     copied = pickle.loads(pickle.dumps(llm))
     assert copied.complete("the cat").text == text
-    assert set(asked) == {("x", "y", 9, None)}
+    assert set(asked) == {("x", "y", 9, None, None)}
 
 
 def test_tool_call_text_is_text_without_tools(llm, engine, monkeypatch):

@@ -195,20 +195,23 @@ def usage_of(answer: Answer) -> dict[str, int]:
     }
 
 
-def raw_of(answer: Answer, max_sources: int | None) -> dict[str, Any]:
+def raw_of(answer: Answer, created: int, max_sources: int | None) -> dict[str, Any]:
     """Return what an answer was made of, in plain JSON types.
 
     Args:
         answer: finished.
+        created: memory tokens whose chunk KV was computed for this call; the others were kept from before.
         max_sources: documents to name, best first; ``None`` names all.
     """
+    cached = max(0, answer.usage.memory - created)
     return {
-        "usage": usage_of(answer),
+        "usage": {**usage_of(answer), "prompt_tokens_details": {"cached_tokens": cached}},
         "finish_reason": answer.finish_reason,
         "focus": {
             "chunks": answer.usage.chunks,
             "memory_tokens": answer.usage.memory,
             "local_tokens": answer.usage.local,
+            "read_now": created,
             "sources": [asdict(item) for item in answer.evidence[:max_sources]],
         },
     }

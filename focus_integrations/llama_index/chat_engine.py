@@ -13,12 +13,10 @@ from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ChatResp
 from llama_index.core.chat_engine.simple import SimpleChatEngine
 from llama_index.core.chat_engine.types import AgentChatResponse, BaseChatEngine, StreamingAgentChatResponse
 from llama_index.core.llms.llm import LLM
-from llama_index.core.memory import BaseMemory
-from llama_index.core.memory import Memory as ChatMemory
-from llama_index.core.schema import NodeWithScore
+from llama_index.core.memory import BaseMemory, ChatMemoryBuffer
 from llama_index.core.vector_stores.types import MetadataFilters
 
-from focus_integrations.llama_index._nodes import scored_nodes
+from focus_integrations.llama_index._found import Found
 from focus_integrations.llama_index._selection import Selection
 from focus_integrations.llama_index.llm import FocusLLM
 
@@ -71,7 +69,7 @@ class FocusChatEngine(BaseChatEngine):
         """
         selection = Selection(index, filters, doc_ids)
         reader = (llm or index.llm).with_memory(selection.memory, max_sources=source_top_k, **options)
-        kept = memory or ChatMemory.from_defaults(
+        kept = memory or ChatMemoryBuffer.from_defaults(
             chat_history=chat_history,
             token_limit=reader.metadata.context_window,
             tokenizer_fn=reader.engine.tokenizer.encode,
@@ -81,32 +79,32 @@ class FocusChatEngine(BaseChatEngine):
 
     def chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """Answer a message."""
-        turn = _Turn(self)
+        turn = _Turn(self, message)
         response: AgentChatResponse = turn.engine.chat(message, chat_history)
-        response.source_nodes, response.metadata = turn.nodes, turn.metadata
+        response.source_nodes, response.metadata = turn.found.nodes, turn.found.metadata
         return response
 
     async def achat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """Answer a message without blocking the event loop."""
-        turn = _Turn(self)
+        turn = _Turn(self, message)
         response: AgentChatResponse = await turn.engine.achat(message, chat_history)
-        response.source_nodes, response.metadata = turn.nodes, turn.metadata
+        response.source_nodes, response.metadata = turn.found.nodes, turn.found.metadata
         return response
 
     def stream_chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> StreamingAgentChatResponse:
         """Answer piece by piece; sources fill up when the stream has ended."""
-        turn = _Turn(self)
+        turn = _Turn(self, message)
         response: StreamingAgentChatResponse = turn.engine.stream_chat(message, chat_history)
-        response.source_nodes = turn.nodes
+        response.source_nodes = turn.found.nodes
         return response
 
     async def astream_chat(
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> StreamingAgentChatResponse:
         """Answer piece by piece without blocking the event loop."""
-        turn = _Turn(self)
+        turn = _Turn(self, message)
         response: StreamingAgentChatResponse = await turn.engine.astream_chat(message, chat_history)
-        response.source_nodes = turn.nodes
+        response.source_nodes = turn.found.nodes
         return response
 
     def reset(self) -> None:
@@ -122,10 +120,9 @@ class FocusChatEngine(BaseChatEngine):
 class _Turn:
     """One turn: stands between LlamaIndex's chat machinery and the model, and notes the sources that pass."""
 
-    def __init__(self, owner: FocusChatEngine) -> None:
+    def __init__(self, owner: FocusChatEngine, message: str) -> None:
         self.owner = owner
-        self.nodes: list[NodeWithScore] = []
-        self.metadata: dict[str, Any] = {}
+        self.found = Found(message, owner.index.node)
         self.engine = SimpleChatEngine(cast(LLM, self), owner.memory, owner.prefix, owner.callback_manager)
 
     def chat(self, messages: Sequence[ChatMessage]) -> ChatResponse:
@@ -146,8 +143,7 @@ class _Turn:
         return parts()
 
     def _note(self, response: ChatResponse) -> ChatResponse:
+        self.found.begin()
         if response.raw is not None:
-            focus = response.raw["focus"]
-            self.nodes.extend(scored_nodes(focus["sources"], self.owner.index.node))
-            self.metadata.update(usage=response.raw["usage"], chunks=focus["chunks"])
+            self.found.finish(response.raw)
         return response

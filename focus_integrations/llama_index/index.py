@@ -17,17 +17,23 @@ from typing import Any, Self
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks.base import CallbackManager
+from llama_index.core.chat_engine import (
+    CondensePlusContextChatEngine,
+    CondenseQuestionChatEngine,
+    ContextChatEngine,
+    SimpleChatEngine,
+)
 from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
 from llama_index.core.data_structs.data_structs import IndexList
 from llama_index.core.indices.base import BaseIndex
-from llama_index.core.llms.utils import LLMType
+from llama_index.core.llms.utils import LLMType, resolve_llm
 from llama_index.core.schema import BaseNode, Document, MetadataMode, TransformComponent
 from llama_index.core.storage.docstore.types import RefDocInfo
 from llama_index.core.storage.storage_context import StorageContext
 from llama_index_instrumentation import get_dispatcher
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from focus_core.errors import StoreError
+from focus_core.errors import ConfigError, StoreError
 from focus_core.memory import Memory, Progress
 from focus_core.store import Store, write_atomically
 from focus_integrations.llama_index._nodes import to_documents
@@ -231,10 +237,29 @@ class FocusMemoryIndex(BaseIndex[IndexList]):
     def as_chat_engine(
         self, chat_mode: ChatMode = ChatMode.BEST, llm: LLMType | None = None, **values: Any
     ) -> BaseChatEngine:
-        """Return a conversation over the whole memory (``best`` and ``context``), or LlamaIndex's for other modes."""
-        if chat_mode in (ChatMode.BEST, ChatMode.CONTEXT) and (llm is None or isinstance(llm, FocusLLM)):
-            return FocusChatEngine.from_index(self, llm=llm, **values)
-        return super().as_chat_engine(chat_mode, llm=llm or self.llm, **values)
+        """Return a conversation over the whole memory.
+
+        Args:
+            chat_mode: ``best`` and ``context`` give a :class:`FocusChatEngine`; ``condense_question``,
+                ``condense_plus_context`` and ``simple`` give LlamaIndex's engines over this index.
+            llm: the index's if not given; one that is no ``FocusLLM`` reads the nodes that attention ranks first.
+            **values: arguments of the engine.
+
+        Raises:
+            ConfigError: LlamaIndex has no such chat engine any more.
+        """
+        talker = resolve_llm(llm, callback_manager=self._callback_manager) if llm is not None else self.llm
+        if isinstance(talker, FocusLLM) and chat_mode in (ChatMode.BEST, ChatMode.CONTEXT):
+            return FocusChatEngine.from_index(self, llm=talker, **values)
+        if chat_mode == ChatMode.CONDENSE_QUESTION:
+            return CondenseQuestionChatEngine.from_defaults(self.as_query_engine(llm), llm=talker, **values)
+        if chat_mode in (ChatMode.CONDENSE_PLUS_CONTEXT, ChatMode.BEST):
+            return CondensePlusContextChatEngine.from_defaults(self.as_retriever(), llm=talker, **values)
+        if chat_mode == ChatMode.CONTEXT:
+            return ContextChatEngine.from_defaults(self.as_retriever(), llm=talker, **values)
+        if chat_mode == ChatMode.SIMPLE:
+            return SimpleChatEngine.from_defaults(llm=talker, **values)
+        raise ConfigError(f"there is no chat engine for mode {chat_mode!r}; use an agent with index_tool instead")
 
     # -- persistence --------------------------------------------------------------------------------------------
 

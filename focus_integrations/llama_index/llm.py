@@ -43,12 +43,13 @@ from llama_index_instrumentation import get_dispatcher
 from focus_core.chat import Message, ToolCallParser
 from focus_core.config import DecodeConfig
 from focus_core.corpus import Document
-from focus_core.engine import AnswerStream, FocusEngine
+from focus_core.engine import AnswerStream, FocusEngine, Template
 from focus_core.errors import ConfigError
+from focus_core.generation import check_cancelled
 from focus_core.memory import Memory
 from focus_integrations import _async
-from focus_integrations._engines import MemoryHolder, shared_engine, to_documents
-from focus_integrations._engines import start as start_prompt
+from focus_integrations._documents import to_documents
+from focus_integrations._engines import Held, MemoryHolder, shared_engine
 from focus_integrations.llama_index._messages import (
     blocks_of,
     citations_of,
@@ -62,8 +63,7 @@ from focus_integrations.llama_index._messages import (
     usage_of,
 )
 
-_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logprobs")
-_OPTIONS = frozenset(field.name for field in fields(DecodeConfig))
+_SAMPLING = tuple(field.name for field in fields(DecodeConfig) if field.name != "stop")
 _CITATIONS = 5
 
 MemorySource = Memory | Callable[[], Memory | None]
@@ -99,9 +99,14 @@ class FocusLLM(FunctionCallingLLM):
     seed: int | None = Field(default=None, description="Makes sampling reproducible, per request.")
     stop: list[str] | None = Field(default=None, description="Strings that end an answer.")
     logprobs: int = Field(default=0, description="Alternatives to report per token; 0 reports none.")
+    reread: int = Field(default=0, description="Chunks with most attention that are read again, whole.")
+    chunks_per_batch: int | None = Field(
+        default=None, description="Chunks run together in a step; chosen from free memory if None."
+    )
     max_sources: int | None = Field(default=10, description="Documents to name per answer, best first; None: all.")
     chunk_size: int | None = Field(default=None, description="Most tokens of a chunk.")
-    device: str | None = Field(default=None, description="cpu or cuda.")
+    device: str | None = Field(default=None, description="cpu or cuda; chosen if None.")
+    dtype: str | None = Field(default=None, description="float32, bfloat16 or float16; chosen if None.")
     context_window: int | None = Field(
         default=None, description="Tokens to report as capacity; what free memory holds as chunk KV if None."
     )
@@ -123,7 +128,7 @@ class FocusLLM(FunctionCallingLLM):
     @property
     def engine(self) -> FocusEngine:
         """The loaded engine; the process's for these settings."""
-        return self._engine or shared_engine(self.model, self.adapter, self.chunk_size, self.device)
+        return self._engine or shared_engine(self.model, self.adapter, self.chunk_size, self.device, self.dtype)
 
     @property
     def metadata(self) -> LLMMetadata:
@@ -200,7 +205,7 @@ class FocusLLM(FunctionCallingLLM):
         yield CompletionResponse(
             text=text,
             delta="",
-            raw=raw_of(answer, call.max_sources),
+            raw=raw_of(answer, call.held.created, call.max_sources),
             logprobs=logprobs_of(answer, self.engine),
             additional_kwargs=usage_of(answer),
         )
@@ -252,7 +257,7 @@ class FocusLLM(FunctionCallingLLM):
         yield ChatResponse(
             message=_message(blocks),
             delta="",
-            raw=raw_of(answer, call.max_sources),
+            raw=raw_of(answer, call.held.created, call.max_sources),
             logprobs=logprobs_of(answer, self.engine),
             additional_kwargs=usage_of(answer),
         )
@@ -403,7 +408,7 @@ class _Call:
 
     def __init__(self, llm: FocusLLM, kwargs: dict[str, Any], cancelled: threading.Event | None) -> None:
         given = {name: value for name, value in kwargs.items() if value is not None}
-        self.engine = llm.engine
+        self.llm, self.engine = llm, llm.engine
         self.cancelled = cancelled or threading.Event()
         self.template = given.pop("template", llm.template)
         self.max_sources = kwargs.get("max_sources", llm.max_sources)
@@ -412,36 +417,31 @@ class _Call:
         self.tool_choice = to_tool_choice(given.pop("tool_choice", None), bool(given.pop("tool_required", False)))
         self.parallel = bool(given.pop("parallel_tool_calls", given.pop("allow_parallel_tool_calls", True)))
         self.schema = given.pop("schema", None)
-        self.documents = to_documents(given.pop("documents")) if given.get("documents") else []
-        self.options = {name: getattr(llm, name) for name in _SAMPLING} | {"stop": tuple(llm.stop or ())} | given
-        unknown = sorted(set(self.options) - _OPTIONS)
-        if unknown:
-            raise ConfigError(
-                f"FocusLLM does not know the option {unknown[0]!r}; it knows {', '.join(sorted(_OPTIONS))}"
-            )
-        source = llm._source
-        bound = source() if callable(source) else source
-        self.memory = bound if source is not None else llm._holder.get(self.engine, llm.documents, llm.memory_path)
+        self.documents = to_documents(given.pop("documents", []))
+        stop = given.pop("stop", llm.stop) or ()
+        self.held = Held(None)
+        self.options = {name: given.pop(name, getattr(llm, name)) for name in _SAMPLING}
+        self.options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        if given:
+            known = ", ".join([*_SAMPLING, "stop", "documents", "template", "max_sources", "schema"])
+            raise ConfigError(f"unknown option {sorted(given)[0]!r}; a call takes {known}")
 
     def prompt(self, prompt: str) -> AnswerStream:
         """Begin an answer to a prompt of any length."""
         if self.template == "chat" or self.schema is not None:
             return self.conversation([Message("user", prompt)], [])
-        return start_prompt(
-            self.engine,
-            prompt,
-            self.memory,
-            self.documents,
-            template=self.template,
-            cancelled=self.cancelled,
-            **self.options,
-        )
+        head, tail = self.engine.split_prompt(prompt)
+        memory = self._hold([Document("prompt", head)] if head.strip() else [])
+        template = cast(Template, self.template)
+        return self.engine.stream(tail, memory, template=template, cancelled=self.cancelled, **self.options)
 
     def conversation(self, messages: list[Message], documents: list[Document]) -> AnswerStream:
         """Begin an answer to a conversation of any length."""
+        offered = () if self.tool_choice == "none" else self.tools
+        moved, kept = self.engine.fit(messages, offered, self.options["max_tokens"])
         return self.engine.chat(
-            messages,
-            self._memory_with([*self.documents, *documents]),
+            kept,
+            self._hold([*documents, *moved]),
             tools=self.tools,
             tool_choice=self.tool_choice,
             parallel=self.parallel,
@@ -450,13 +450,18 @@ class _Call:
             **self.options,
         )
 
-    def _memory_with(self, documents: list[Document]) -> Memory | None:
-        if not documents:
-            return self.memory
-        held = self.memory
-        memory = held.subset([item.id for item in held.documents]) if held else Memory(self.engine.encoder)
-        memory.add(documents)
-        return memory
+    def _hold(self, documents: list[Document]) -> Memory | None:
+        """Return what the call reads; documents that calls before it brought along are not computed again."""
+        source = self.llm._source
+        bound = source() if callable(source) else source
+        self.held = self.llm._holder.hold(
+            self.engine,
+            self.llm.documents if source is None else None,
+            bound if source is not None else self.llm.memory_path,
+            [*self.documents, *documents],
+            check=lambda: check_cancelled(self.cancelled),
+        )
+        return self.held.memory
 
 
 def capacity(engine: FocusEngine) -> int:

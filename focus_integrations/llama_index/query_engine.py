@@ -6,23 +6,20 @@ nothing is computed again for it.
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator, Generator, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
-from llama_index.core.base.llms.types import CompletionResponse
 from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, Response, StreamingResponse
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
 from llama_index.core.prompts.mixin import PromptMixinType
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import MetadataFilters
-from llama_index_instrumentation import get_dispatcher
 
-from focus_integrations.llama_index._nodes import scored_nodes
+from focus_integrations.llama_index._found import Found
 from focus_integrations.llama_index._selection import Selection
-from focus_integrations.llama_index.events import FocusAttributionEvent
 from focus_integrations.llama_index.llm import FocusLLM
 from focus_integrations.llama_index.retriever import FocusRetriever
 
@@ -31,8 +28,6 @@ if TYPE_CHECKING:
 
 EMPTY = "Empty Response"
 """What LlamaIndex answers where there is nothing to read."""
-
-dispatcher = get_dispatcher(__name__)
 
 
 class FocusQueryEngine(BaseQueryEngine):
@@ -80,12 +75,14 @@ class FocusQueryEngine(BaseQueryEngine):
             if reader is None:
                 response: RESPONSE_TYPE = self._empty()
             elif self.streaming:
-                found = _Found(self, query_bundle.query_str)
-                response = StreamingResponse(self._stream(reader, found), found.nodes, found.metadata)
+                found = self._found(query_bundle)
+                response = StreamingResponse(
+                    found.pieces(reader.stream_complete(found.query, **self.options)), found.nodes, found.metadata
+                )
             else:
-                found = _Found(self, query_bundle.query_str)
+                found = self._found(query_bundle)
                 completion = reader.complete(query_bundle.query_str, **self.options)
-                found.finish(completion)
+                found.finish(completion.raw)
                 response = Response(completion.text, found.nodes, found.metadata)
             event.on_end(payload={EventPayload.RESPONSE: response})
         return response
@@ -94,16 +91,18 @@ class FocusQueryEngine(BaseQueryEngine):
         with self.callback_manager.event(
             CBEventType.QUERY, payload={EventPayload.QUERY_STR: query_bundle.query_str}
         ) as event:
-            reader = self._reader()
+            reader = await asyncio.to_thread(self._reader)
             if reader is None:
                 response: RESPONSE_TYPE = self._aempty()
             elif self.streaming:
-                found = _Found(self, query_bundle.query_str)
-                response = AsyncStreamingResponse(self._astream(reader, found), found.nodes, found.metadata)
+                found = self._found(query_bundle)
+                response = AsyncStreamingResponse(
+                    found.apieces(reader.astream_complete(found.query, **self.options)), found.nodes, found.metadata
+                )
             else:
-                found = _Found(self, query_bundle.query_str)
+                found = self._found(query_bundle)
                 completion = await reader.acomplete(query_bundle.query_str, **self.options)
-                found.finish(completion)
+                found.finish(completion.raw)
                 response = Response(completion.text, found.nodes, found.metadata)
             event.on_end(payload={EventPayload.RESPONSE: response})
         return response
@@ -126,19 +125,8 @@ class FocusQueryEngine(BaseQueryEngine):
         memory = self.selection.memory()
         return self.llm.with_memory(memory, max_sources=self.source_top_k) if len(memory) else None
 
-    def _stream(self, reader: FocusLLM, found: _Found) -> Generator[str, None, None]:
-        for part in reader.stream_complete(found.query, **self.options):
-            found.begin()
-            if part.delta:
-                yield part.delta
-        found.finish(part)
-
-    async def _astream(self, reader: FocusLLM, found: _Found) -> AsyncGenerator[str, None]:
-        async for part in await reader.astream_complete(found.query, **self.options):
-            found.begin()
-            if part.delta:
-                yield part.delta
-        found.finish(part)
+    def _found(self, query_bundle: QueryBundle) -> Found:
+        return Found(query_bundle.query_str, self.index.node, self.source_top_k)
 
     def _empty(self) -> RESPONSE_TYPE:
         return StreamingResponse(text for text in [EMPTY]) if self.streaming else Response(EMPTY)
@@ -148,31 +136,3 @@ class FocusQueryEngine(BaseQueryEngine):
             yield EMPTY
 
         return AsyncStreamingResponse(text()) if self.streaming else Response(EMPTY)
-
-
-class _Found:
-    """What is known about an answer when it has ended, in a list and a dictionary that a response holds already."""
-
-    def __init__(self, engine: FocusQueryEngine, query: str) -> None:
-        self.engine, self.query = engine, query
-        self.nodes: list[NodeWithScore] = []
-        self.metadata: dict[str, Any] = {}
-        self._started = time.perf_counter()
-        self._first: float | None = None
-
-    def begin(self) -> None:
-        """Note the time of the first token."""
-        self._first = self._first or time.perf_counter()
-
-    def finish(self, completion: CompletionResponse) -> None:
-        """Fill in sources, token counts and seconds."""
-        ended = time.perf_counter()
-        raw: dict[str, Any] = completion.raw  # type: ignore[assignment]
-        focus = raw["focus"]
-        sources = [{name: item[name] for name in ("document_id", "score", "start", "end")} for item in focus["sources"]]
-        self.nodes.extend(scored_nodes(sources, self.engine.index.node, self.engine.source_top_k))
-        timings = {"first_token": (self._first or ended) - self._started, "total": ended - self._started}
-        self.metadata.update(
-            usage=raw["usage"], finish_reason=raw["finish_reason"], chunks=focus["chunks"], timings=timings
-        )
-        dispatcher.event(FocusAttributionEvent(query=self.query, sources=sources))

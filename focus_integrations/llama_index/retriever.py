@@ -6,6 +6,7 @@ engines that want nodes stand on a memory. It answers nothing.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ class FocusRetriever(BaseRetriever):
         return self._nodes(reader.complete(query_bundle.query_str, **self.options)) if reader else []
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        reader = self._reader()
+        reader = await asyncio.to_thread(self._reader)
         return self._nodes(await reader.acomplete(query_bundle.query_str, **self.options)) if reader else []
 
     def _reader(self) -> FocusLLM | None:
