@@ -278,6 +278,10 @@ def test_train_shows_losses_and_draws_them(command, tmp_path):
     with pytest.raises(DocumentNotFoundError, match="no training log"):
         plot_loss(tmp_path)
     assert command("--steps", 2, "--dtype", "int4")[0] == 2
+    code, err = command("--output", tmp_path / "none", "--max-minutes", 0)
+    assert code == 0
+    assert "no plot" in err
+    assert "stopped after step 0" in err
     assert command("--config", tmp_path / "none.json")[0] == 2
     with pytest.raises(AdapterError, match="other settings"):
         _train(byte_level_tokenizer(), tmp_path / "book.txt", tmp_path / "run", steps=2)

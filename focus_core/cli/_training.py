@@ -169,12 +169,12 @@ def _reporter(settings: TrainConfig, shown: bool) -> Iterator[Any]:
 
 
 def _tell(totals: Any, settings: TrainConfig, output: Path) -> None:
-    from focus_core.errors import ConfigError
+    from focus_core.errors import FocusError
     from focus_core.training.plot import plot_loss
 
     try:
         note.print(f"losses in {plot_loss(output)}")
-    except ConfigError as error:
+    except FocusError as error:  # no matplotlib, or stopped before the first step
         note.print(f"no plot: {error}", style="dim", markup=False)
     if totals.step < settings.steps:
         note.print(f"stopped after step {totals.step} of {settings.steps}; run the same command again to go on")
