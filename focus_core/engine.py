@@ -115,8 +115,9 @@ class AnswerStream:
         self._generation.cancelled.set()
 
     def close(self) -> None:
-        """Stop, keeping what was made so far as the answer."""
-        self.cancel()
+        """Stop, keeping what was made so far as the answer; an answer that is complete stays as it is."""
+        if self._generation.finish_reason is None:
+            self.cancel()
         self._source.close()  # type: ignore[attr-defined]
         if self._generation.finish_reason is None:
             self._generation.finish_reason = "cancelled"

@@ -136,6 +136,9 @@ class MemoryHolder:
         self._part: tuple[MemoryState, list[str], Memory] | None = None
         self._lock = threading.RLock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MemoryHolder, ()  # what was read is read again where it is needed
+
     def documents(self, documents: Any) -> list[Document]:
         """Return core documents; files are read once, a list that has changed is read again."""
         key = _identity(documents)

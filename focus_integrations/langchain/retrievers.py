@@ -99,7 +99,8 @@ def create_documents_chain(
             raise ConfigError(f"the chain needs documents under {document_variable_name!r}; got {', '.join(inputs)}")
         bound: Any = llm
         noted: Runnable[Any, Any] = RunnableLambda(lambda given: {**given, document_variable_name: IN_MEMORY})
-        return noted | prompt | bound.bind(documents=list(documents)) | parser
+        chain: Runnable[Any, Any] = noted | prompt | bound.bind(documents=list(documents)) | parser
+        return chain
 
     return RunnableLambda(read).with_config(run_name="focus_documents_chain")
 

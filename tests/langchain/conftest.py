@@ -39,6 +39,12 @@ def engine() -> Iterator[FocusEngine]:
     made.close()
 
 
+class EndlessEngine(FocusEngine):
+    """An engine whose answers have no end but max_tokens."""
+
+    end_tokens = frozenset()  # type: ignore[assignment]
+
+
 class ScriptedEngine(FocusEngine):
     """An engine that runs its tiny model on every token, but writes the call or answer that a question means.
 
