@@ -85,6 +85,21 @@ def attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, *, so
     return attend(query, key, value, scale, softcap=softcap, bias=causal_bias(rows, rows, query.device))
 
 
+def attend_top(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, top: int, *, softcap: float | None = None
+) -> Part:
+    """Attend from every query row to the ``top`` keys it scores highest, each head its own. Else as :func:`attend`."""
+    if top >= key.shape[2]:
+        return attend(query, key, value, scale, softcap=softcap)
+    best, places = scores_of(query, key, scale, softcap).topk(top, dim=-1)  # (batch, heads, rows, top)
+    lse = torch.logsumexp(best, dim=-1)
+    weights = torch.zeros(*best.shape[:3], key.shape[2], dtype=best.dtype, device=best.device)
+    weights = weights.scatter(-1, places, torch.exp(best - lse.unsqueeze(-1)))
+    batch, heads, rows, dim = query.shape
+    out = fold_heads(weights.to(value.dtype), key.shape[1]) @ value
+    return Part(out.reshape(batch, heads, rows, dim), lse)
+
+
 def attend_self(query: Tensor, key: Tensor, value: Tensor, scale: float, *, softcap: float | None = None) -> Part:
     """Attend from row i to key i alone. Shapes as in :func:`attend_causal`."""
     groups = query.shape[1] // key.shape[1]

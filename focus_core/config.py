@@ -14,6 +14,7 @@ from focus_core.errors import ConfigError
 
 Positions = Literal["ordered", "shared"]
 LocalMode = Literal["exact", "incremental"]
+CandidateBias = Literal["none", "log_k"]
 
 
 def _bounded(name: str, value: float, low: float, high: float | None = None) -> None:
@@ -60,6 +61,9 @@ class FocusConfig(_Json):
         positions: ``shared`` gives all candidates one position; ``ordered`` gives them 0..k-1 (the published code).
         sink: start every chunk row and the local row with the base's BOS.
         local_mode: ``incremental`` keeps local KV; ``exact`` reads the local context again at every step.
+        candidate_bias: ``log_k`` lowers the score of every candidate by log k, so that k candidates that say the same
+            weigh as one.
+        top_candidates: each head of a local row attends only to so many candidates of the highest score; 0 to all.
     """
 
     window: int = 4096
@@ -68,6 +72,8 @@ class FocusConfig(_Json):
     positions: Positions = "shared"
     sink: bool = True
     local_mode: LocalMode = "incremental"
+    candidate_bias: CandidateBias = "none"
+    top_candidates: int = 0
 
     def __post_init__(self) -> None:
         _bounded("window", self.window, 8)
@@ -75,6 +81,8 @@ class FocusConfig(_Json):
         _bounded("chunk_size", self.chunk_size, 1)
         _one_of("positions", self.positions, Positions)
         _one_of("local_mode", self.local_mode, LocalMode)
+        _one_of("candidate_bias", self.candidate_bias, CandidateBias)
+        _bounded("top_candidates", self.top_candidates, 0)
         room = self.largest_chunk
         if self.chunk_size > room:
             raise ConfigError(
@@ -158,6 +166,8 @@ class TrainConfig(_Json):
         seed: of the example stream and of what is held out.
         positions: of the candidates, see :class:`FocusConfig`.
         sink: start every row with the base's BOS.
+        candidate_bias: see :class:`FocusConfig`; the adapter is served with what it was trained with.
+        top_candidates: see :class:`FocusConfig`.
         objective: ``dense`` supervises every local token from the split on; ``one_target`` one token an example, as
             the paper's published code does.
         mix: weight of each objective in the example stream.
@@ -192,6 +202,8 @@ class TrainConfig(_Json):
     seed: int = 0
     positions: Positions = "shared"
     sink: bool = True
+    candidate_bias: CandidateBias = "none"
+    top_candidates: int = 0
     objective: Objective = "dense"
     mix: dict[str, float] = field(
         default_factory=lambda: {"reconstruction": 0.35, "continuation": 0.1, "question": 0.4, "needle": 0.15}
@@ -225,6 +237,8 @@ class TrainConfig(_Json):
         for name, literal in (("positions", Positions), ("schedule", Schedule), ("objective", Objective)):
             _one_of(name, getattr(self, name), literal)
         _one_of("teacher_memory", self.teacher_memory, TeacherMemory)
+        _one_of("candidate_bias", self.candidate_bias, CandidateBias)
+        _bounded("top_candidates", self.top_candidates, 0)
         if self.learning_rate <= 0:
             raise ConfigError(f"learning_rate must be above 0; got {self.learning_rate}")
         self._check_sizes()

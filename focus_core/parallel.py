@@ -8,16 +8,28 @@ is cancelled leaves what was committed before it unchanged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from focus_core.attention import HIDDEN, Part, attend, attend_causal, attend_self, causal_bias, merge, scores_of
+from focus_core.attention import (
+    HIDDEN,
+    Part,
+    attend,
+    attend_causal,
+    attend_self,
+    attend_top,
+    causal_bias,
+    merge,
+    scores_of,
+)
 from focus_core.candidate import CandidateAdapter
-from focus_core.config import Positions
+from focus_core.config import CandidateBias, FocusConfig, Positions, TrainConfig
 from focus_core.errors import ContextTooLongError
 from focus_core.families import BaseDecoder
 from focus_core.kv import ChunkBatch, GrowingKV, Suffix, move_keys, rotation
@@ -215,6 +227,31 @@ class LocalCache(GrowingKV):
         super().__init__(torch.empty(shape, dtype=base.dtype, device=base.device))
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How local rows weigh candidates; the defaults leave the base's attention as it is.
+
+    Args:
+        bias: ``log_k`` lowers every candidate's score by log k.
+        top: candidates that a head attends to; 0 is all.
+    """
+
+    bias: CandidateBias = "none"
+    top: int = 0
+
+    @classmethod
+    def of(cls, settings: FocusConfig | TrainConfig) -> Self:
+        """Return what an adapter's or a training run's settings say."""
+        return cls(settings.candidate_bias, settings.top_candidates)
+
+    def lowered(self, candidates: int) -> float:
+        """Return what is taken off each of the scores of ``candidates`` candidates."""
+        return math.log(candidates) if self.bias == "log_k" else 0.0
+
+
+PLAIN = Scoring()
+
+
 @dataclass
 class LocalRows:
     """The local rows of one sweep, and what they see of the candidates.
@@ -226,6 +263,7 @@ class LocalRows:
         groups: the chunk rows whose candidates these rows see.
         shared_rows: rows that see candidate set 0; each row after them sees the next set.
         record: keep the attention mass of the last row on every candidate.
+        scoring: of the candidates.
     """
 
     ids: Tensor
@@ -235,6 +273,7 @@ class LocalRows:
     shared_rows: int
     record: bool = False
     mass: list[Tensor] = field(default_factory=list)
+    scoring: Scoring = PLAIN
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
@@ -267,20 +306,26 @@ class LocalRows:
         merged = merge([local, self._attend_candidates(query, candidate_key, candidate_value, scale, softcap)])
         if self.record:
             scores = scores_of(query[:, :, -1:], candidate_key[-1:], scale, softcap)[0, :, 0]
-            self.mass.append(torch.exp(scores - merged.lse[0, :, -1:]))
+            if 0 < self.scoring.top < scores.shape[1]:
+                unseen = torch.ones_like(scores, dtype=torch.bool)
+                unseen.scatter_(1, scores.topk(self.scoring.top, dim=1).indices, False)
+                scores = scores.masked_fill(unseen, HIDDEN)
+            lowered = self.scoring.lowered(scores.shape[1])
+            self.mass.append(torch.exp(scores - lowered - merged.lse[0, :, -1:]))
         return merged.out.transpose(1, 2)
 
     def _attend_candidates(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
     ) -> Part:
-        first = attend(query[:, :, : self.shared_rows], key[:1], value[:1], scale, softcap=softcap)
+        top, lowered = self.scoring.top or key.shape[2], self.scoring.lowered(key.shape[2])
+        first = attend_top(query[:, :, : self.shared_rows], key[:1], value[:1], scale, top, softcap=softcap)
         if query.shape[2] == self.shared_rows:
-            return first
+            return first._replace(lse=first.lse - lowered)
         each = query[0, :, self.shared_rows :].transpose(0, 1).unsqueeze(2)  # (T - 1, heads, 1, head_dim)
-        later = attend(each, key[1:], value[1:], scale, softcap=softcap)
+        later = attend_top(each, key[1:], value[1:], scale, top, softcap=softcap)
         return Part(
             torch.cat([first.out, later.out.squeeze(2).transpose(0, 1).unsqueeze(0)], dim=2),
-            torch.cat([first.lse, later.lse.squeeze(2).transpose(0, 1).unsqueeze(0)], dim=2),
+            torch.cat([first.lse, later.lse.squeeze(2).transpose(0, 1).unsqueeze(0)], dim=2) - lowered,
         )
 
 

@@ -19,7 +19,17 @@ from focus_core.errors import ContextTooLongError, OutOfMemoryError
 from focus_core.families import BaseDecoder
 from focus_core.kv import Suffix
 from focus_core.memory import MemoryState, is_out_of_memory
-from focus_core.parallel import Check, ChunkRows, LocalCache, LocalRows, check_room, local_start, sink_before, sweep
+from focus_core.parallel import (
+    Check,
+    ChunkRows,
+    LocalCache,
+    LocalRows,
+    Scoring,
+    check_room,
+    local_start,
+    sink_before,
+    sweep,
+)
 
 _ROWS_AT_ONCE = {"cpu": 8192, "cuda": 131072}
 
@@ -152,7 +162,13 @@ class Reading:
         position = local_start(self.chunks, self.focus.positions) + used
         groups = [group for call in calls for group in call]
         local = LocalRows(
-            torch.tensor(local_ids), position, self._cache, groups, shared_rows=len(local_ids), record=bool(groups)
+            torch.tensor(local_ids),
+            position,
+            self._cache,
+            groups,
+            shared_rows=len(local_ids),
+            record=bool(groups),
+            scoring=Scoring.of(self.focus),
         )
         with torch.no_grad():
             hidden = sweep(self.base, self.adapter, calls, [local], self.focus.positions, self.check)[0]

@@ -121,13 +121,13 @@ def test_export_writes_the_compact_form_and_its_loss(data, tmp_path, tokenizer):
     with CandidateAdapter(BaseDecoder(model), torch.float32) as attached:
         attached.load_state_dict(state)
         save_adapter(tmp_path / "whole", attached, AdapterInfo("tiny", loaded.fingerprint, FocusConfig()))
-        expected = measure_loss(attached.base, attached, examples, 0, "shared")
+        expected = measure_loss(attached.base, attached, examples, 0, config)
     done = export_adapter(loaded, tmp_path / "whole", tmp_path / "compact", examples)
     assert done.nbytes < 0.5 * (tmp_path / "whole" / "adapter.safetensors").stat().st_size
     assert done.before == expected
     with CandidateAdapter(BaseDecoder(model), torch.float32) as attached:
         load_adapter(tmp_path / "compact", attached, loaded)
-        assert measure_loss(attached.base, attached, examples, 0, "shared") == done.after
+        assert measure_loss(attached.base, attached, examples, 0, config) == done.after
         assert not torch.equal(attached.state_dict()["layers.0.k_proj.weight"], state["layers.0.k_proj.weight"])
     assert abs(done.after.loss - done.before.loss) < 0.05
     assert json.loads((tmp_path / "compact" / "export.json").read_text())["after"]["loss"] == done.after.loss

@@ -25,7 +25,16 @@ from focus_core.errors import ConfigError, EmptyCorpusError
 from focus_core.evaluation.files import read_documents
 from focus_core.evaluation.records import Record, RecordFile, engine_facts, machine_facts, write_metrics
 from focus_core.kv import Suffix
-from focus_core.parallel import ChunkRows, LocalRows, check_room, encode_chunks, local_start, sink_before, sweep
+from focus_core.parallel import (
+    ChunkRows,
+    LocalRows,
+    Scoring,
+    check_room,
+    encode_chunks,
+    local_start,
+    sink_before,
+    sweep,
+)
 from focus_core.tokenization import Encoded, TextTokenizer
 
 TARGETS = 256
@@ -168,7 +177,7 @@ def memory_logits(
         groups.append(ChunkRows(batch, suffix, indices, len(chunks), none, tokens[split - 1 : -1], visible))
     rows_local = torch.tensor([*head, *ids[:-1]])
     start = local_start(len(chunks), positions)
-    local = LocalRows(rows_local, start, None, groups, shared_rows=len(head) + split)
+    local = LocalRows(rows_local, start, None, groups, shared_rows=len(head) + split, scoring=Scoring.of(engine.config))
     hidden = sweep(base, engine.adapter, [[group] for group in groups], [local], positions)[0]
     return base.logits(hidden[:, split - len(ids) :])[0].float()
 

@@ -122,6 +122,8 @@ def _focus(base: BaseDecoder, settings: TrainConfig, chunk_size: int) -> FocusCo
         prompt_length=prompt,
         positions=settings.positions,
         sink=settings.sink,
+        candidate_bias=settings.candidate_bias,
+        top_candidates=settings.top_candidates,
     )
 
 

@@ -75,10 +75,10 @@ def write_compact(
 ) -> Export:
     """Save an attached adapter in compact form and read it back into ``adapter``; see :func:`export_adapter`."""
     sink = sink_of(loaded) if info.focus.sink else None
-    before = measure_loss(base, adapter, examples, sink, info.focus.positions) if examples else None
+    before = measure_loss(base, adapter, examples, sink, info.focus) if examples else None
     save_adapter(output, adapter, info, compact=True)
     load_adapter(output, adapter, loaded)
-    after = measure_loss(base, adapter, examples, sink, info.focus.positions) if examples else None
+    after = measure_loss(base, adapter, examples, sink, info.focus) if examples else None
     export = Export(output, (output / "adapter.safetensors").stat().st_size, before, after)
     write_atomically(output / "export.json", (json.dumps(export.to_dict(), indent=2) + "\n").encode())
     return export

@@ -13,8 +13,9 @@ from typing import Self
 import torch
 
 from focus_core.candidate import CandidateAdapter
-from focus_core.config import Positions
+from focus_core.config import FocusConfig, TrainConfig
 from focus_core.families import BaseDecoder
+from focus_core.parallel import Scoring
 from focus_core.training.objectives import Example, Task, dense_losses, encode_example
 
 
@@ -45,19 +46,28 @@ class Loss:
 
 @torch.no_grad()
 def example_losses(
-    base: BaseDecoder, adapter: CandidateAdapter, examples: Sequence[Example], sink: int | None, positions: Positions
+    base: BaseDecoder,
+    adapter: CandidateAdapter,
+    examples: Sequence[Example],
+    sink: int | None,
+    settings: FocusConfig | TrainConfig,
 ) -> list[tuple[str, float]]:
     """Return (objective, loss) of every local context of ``examples``, which run one at a time."""
     pairs = []
     for example in examples:
         chunks = encode_example(base, example, sink)
-        losses = dense_losses(base, adapter, [Task(chunks, query) for query in example.queries], sink, positions)
+        tasks = [Task(chunks, query) for query in example.queries]
+        losses = dense_losses(base, adapter, tasks, sink, settings.positions, Scoring.of(settings))
         pairs += [(example.kind, float(loss)) for loss in losses]
     return pairs
 
 
 def measure_loss(
-    base: BaseDecoder, adapter: CandidateAdapter, examples: Sequence[Example], sink: int | None, positions: Positions
+    base: BaseDecoder,
+    adapter: CandidateAdapter,
+    examples: Sequence[Example],
+    sink: int | None,
+    settings: FocusConfig | TrainConfig,
 ) -> Loss:
     """Return the loss of ``adapter`` on ``examples``, at least one."""
-    return Loss.mean_of(example_losses(base, adapter, examples, sink, positions))
+    return Loss.mean_of(example_losses(base, adapter, examples, sink, settings))

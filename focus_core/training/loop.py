@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from focus_core.candidate import CandidateAdapter
 from focus_core.config import TrainConfig
 from focus_core.families import BaseDecoder
+from focus_core.parallel import Scoring
 from focus_core.training.checkpoint import LOG, Totals, cut_log, load_checkpoint, save_checkpoint
 from focus_core.training.data import ExampleStream
 from focus_core.training.heldout import Loss, example_losses
@@ -165,7 +166,8 @@ class CandidateLoss(nn.Module):
         """
         encoded = [encode_example(self.base, example, self.sink) for example in examples]
         tasks = [Task(chunks, query) for chunks, item in zip(encoded, examples, strict=True) for query in item.queries]
-        logits = iter(dense_logits(self.base, self.adapter, tasks, self.sink, self.config.positions))
+        positions, scoring = self.config.positions, Scoring.of(self.config)
+        logits = iter(dense_logits(self.base, self.adapter, tasks, self.sink, positions, scoring))
         total, records = torch.zeros((), device=self.base.device), []
         for example in examples:
             losses, divergences = [], []
@@ -255,7 +257,7 @@ class _Run:
     def measure(self, held_out: Sequence[Example], keep_best: Callable[[Totals], None]) -> Loss:
         """Measure the held-out loss, every process its share, and keep the adapter if it was never as low."""
         own = self.processes.share(held_out)
-        pairs = example_losses(self.base, self.adapter, own, self.sink, self.config.positions)
+        pairs = example_losses(self.base, self.adapter, own, self.sink, self.config)
         loss = Loss.mean_of(self.processes.gather(pairs))
         if self.totals.best is None or loss.loss < self.totals.best:
             self.totals.best, self.totals.best_step = loss.loss, self.totals.step

@@ -21,7 +21,7 @@ from focus_core.config import Positions, TeacherMemory
 from focus_core.errors import ConfigError
 from focus_core.families import BaseDecoder
 from focus_core.kv import ChunkBatch, Suffix
-from focus_core.parallel import ChunkRows, LocalRows, encode_chunks, local_start, sink_before, sweep
+from focus_core.parallel import PLAIN, ChunkRows, LocalRows, Scoring, encode_chunks, local_start, sink_before, sweep
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,12 @@ class Task:
 
 
 def dense_logits(
-    base: BaseDecoder, adapter: CandidateAdapter, tasks: Sequence[Task], sink: int | None, positions: Positions
+    base: BaseDecoder,
+    adapter: CandidateAdapter,
+    tasks: Sequence[Task],
+    sink: int | None,
+    positions: Positions,
+    scoring: Scoring = PLAIN,
 ) -> list[Tensor]:
     """Return the logits of every target of every task; all tasks share one pass through the layers.
 
@@ -109,6 +114,7 @@ def dense_logits(
         tasks: queries with their chunks from :func:`encode_example`.
         sink: as in :func:`encode_example`; a query that begins with it gets no second one.
         positions: of the candidates.
+        scoring: of the candidates.
 
     Returns:
         One (n - s, vocabulary) float32 tensor a task: row t predicts token s + t from the candidates made at token
@@ -134,7 +140,8 @@ def dense_logits(
         head = torch.tensor(sink_before(task.query.ids, sink), dtype=torch.long)
         start = local_start(count, positions)
         groups.append(group)
-        locals_.append(LocalRows(torch.cat([head, tokens[:-1]]), start, None, [group], shared_rows=len(head) + split))
+        rows = torch.cat([head, tokens[:-1]])
+        locals_.append(LocalRows(rows, start, None, [group], shared_rows=len(head) + split, scoring=scoring))
     hidden = sweep(base, adapter, [groups], locals_, positions)
     return [
         base.logits(states[:, -task.query.targets :])[0].float() for states, task in zip(hidden, tasks, strict=True)
@@ -142,10 +149,15 @@ def dense_logits(
 
 
 def dense_losses(
-    base: BaseDecoder, adapter: CandidateAdapter, tasks: Sequence[Task], sink: int | None, positions: Positions
+    base: BaseDecoder,
+    adapter: CandidateAdapter,
+    tasks: Sequence[Task],
+    sink: int | None,
+    positions: Positions,
+    scoring: Scoring = PLAIN,
 ) -> list[Tensor]:
     """Return each task's mean negative log-likelihood of its targets (equation 6), scalars in nats per token."""
-    logits = dense_logits(base, adapter, tasks, sink, positions)
+    logits = dense_logits(base, adapter, tasks, sink, positions, scoring)
     return [likelihood_loss(scores, task.query) for scores, task in zip(logits, tasks, strict=True)]
 
 
