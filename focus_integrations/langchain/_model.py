@@ -98,13 +98,13 @@ class FocusCorpus(BaseModel):
     def _hold(
         self, engine: FocusEngine, query: str, extra: list[Any], kwargs: Mapping[str, Any], check: Callable[[], None]
     ) -> Held:
-        """Return what a call reads: the model's own memory, or the call's instead, with the call's documents."""
+        """Return what a call reads: documents of model and call, and the call's memory or else the model's."""
         given = kwargs.get("memory", kwargs.get("memory_path"))
         found = self.retriever.invoke(query) if self.retriever is not None else []
         more = [*to_documents(kwargs["documents"]), *extra] if kwargs.get("documents") is not None else extra
         return self.holder.hold(
             engine,
-            self.documents if given is None else None,
+            self.documents,
             given if given is not None else self._own_memory(),
             [*found, *more],
             kwargs.get("memory_filter", self.memory_filter),
@@ -217,7 +217,7 @@ class FocusModel(FocusCorpus):
         wanted = kwargs.get("memory_filter", self.memory_filter)
         return {
             "model": model,
-            "memory": self.holder.fingerprint(self.documents if given is None else None, own),
+            "memory": self.holder.fingerprint(self.documents, own),
             "memory_filter": repr(wanted),
             "call_documents": self.holder.fingerprint(kwargs.get("documents")),
             "retriever": repr(self.retriever),

@@ -231,7 +231,8 @@ def test_memory_in_every_way(kind, tmp_path):
     assert read(folder) == {note, "kept"}
     assert read(folder, memory_filter=["kept"]) == {"kept"}
     assert read(folder, memory_filter=lambda document: document.id == note) == {note}
-    assert read(folder, memory=memory) == {"kept"}
+    other = ENGINE.remember([Document("other", "the hat. " * 30)])
+    assert read(folder, memory=other) == {note, "other"}
     assert read(kind(engine=ENGINE, max_tokens=2), LONG) == {"prompt"}
     assert read(kind(engine=ENGINE, max_tokens=2)) == set()
     bound = folder.configurable_fields(documents=ConfigurableField(id="documents"))

@@ -1,0 +1,119 @@
+"""Give LangChain agents a memory that outlives the process: tools, a document store, middleware, a langgraph store.
+
+All stand on one :class:`~focus_integrations._long_memory.LongMemory`, so what a tool remembers the model reads. Nothing
+is summarised away: what leaves the conversation is kept word for word. Middleware and store need their frameworks and
+live in modules of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from langchain_core.documents import Document as Page
+from langchain_core.stores import BaseStore
+from langchain_core.tools import BaseTool
+from pydantic import BaseModel, ConfigDict, Field
+
+from focus_core.corpus import Document
+from focus_integrations._long_memory import LongMemory
+
+_OWN_ID = "langchain_id"
+
+
+class _RememberInput(BaseModel):
+    text: str = Field(description="What to remember, in full sentences.")
+
+
+class _RecallInput(BaseModel):
+    query: str = Field(description="What to look for.")
+
+
+class _ForgetInput(BaseModel):
+    id: str = Field(description="Id of the note, as recall shows it.")
+
+
+class _MemoryTool(BaseTool):
+    """A tool over a :class:`LongMemory`; without one it keeps notes in this process only."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    memory: LongMemory = Field(default_factory=LongMemory, exclude=True)
+
+
+class RememberTool(_MemoryTool):
+    """Lets an agent keep a note."""
+
+    name: str = "remember"
+    description: str = "Keep a note for later conversations. Returns its id."
+    args_schema: type[BaseModel] = _RememberInput
+
+    def _run(self, text: str) -> str:
+        return f"remembered as {self.memory.remember(text)}"
+
+
+class RecallTool(_MemoryTool):
+    """Lets an agent look up notes; the artifact holds them with scores."""
+
+    name: str = "recall"
+    description: str = "Look up what was remembered, in this conversation or before."
+    args_schema: type[BaseModel] = _RecallInput
+    response_format: Literal["content", "content_and_artifact"] = "content_and_artifact"
+    k: int = 4
+
+    def _run(self, query: str) -> tuple[str, list[dict[str, Any]]]:
+        found = self.memory.recall(query, self.k)
+        lines = [f"[{item.document.id}] {item.passage.strip()}" for item in found]
+        artifact = [{"id": item.document.id, "text": item.document.text, "score": item.score} for item in found]
+        return "\n".join(lines) or "nothing was remembered", artifact
+
+
+class ForgetTool(_MemoryTool):
+    """Lets an agent remove a note."""
+
+    name: str = "forget"
+    description: str = "Remove a note by its id."
+    args_schema: type[BaseModel] = _ForgetInput
+
+    def _run(self, id: str) -> str:
+        return f"forgot {id}" if self.memory.forget([id]) else f"there is no note {id!r}; recall shows the ids"
+
+
+def memory_tools(memory: LongMemory) -> list[BaseTool]:
+    """Return the tools remember, recall and forget over one memory."""
+    return [RememberTool(memory=memory), RecallTool(memory=memory), ForgetTool(memory=memory)]
+
+
+class FocusDocumentStore(BaseStore[str, Page]):
+    """Documents by key, kept in a memory that models read: whatever writes to a document store fills the memory.
+
+    Args:
+        memory: holds them.
+    """
+
+    def __init__(self, memory: LongMemory) -> None:
+        self.memory = memory
+
+    def mset(self, key_value_pairs: Sequence[tuple[str, Page]]) -> None:
+        """Keep documents; raises ``EmptyCorpusError`` for one without text."""
+        self.memory.put(
+            Document(key, page.page_content, {**page.metadata, _OWN_ID: page.id}) for key, page in key_value_pairs
+        )
+
+    def mget(self, keys: Sequence[str]) -> list[Page | None]:
+        """Return documents, ``None`` for keys that are not there."""
+        known = {document.id: document for document in self.memory.documents}
+        return [_page(known[key]) if key in known else None for key in keys]
+
+    def mdelete(self, keys: Sequence[str]) -> None:
+        """Remove documents; keys that are not there are no error."""
+        self.memory.forget(keys)
+
+    def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
+        """Yield the keys that begin with ``prefix``."""
+        yield from [one.id for one in self.memory.documents if one.id.startswith(prefix or "")]
+
+
+def _page(document: Document) -> Page:
+    metadata = dict(document.metadata)
+    return Page(page_content=document.text, id=metadata.pop(_OWN_ID, None), metadata=metadata)
