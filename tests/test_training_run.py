@@ -274,7 +274,9 @@ def test_train_shows_losses_and_draws_them(command, tmp_path):
     assert "step 1: held-out loss" in err
     assert "lowest held-out loss" in err
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert plot_loss(tmp_path / "run", tmp_path / "other.png").stat().st_size > 5000
+    assert plot_loss(tmp_path / "run", tmp_path / "other.png", by="tokens").stat().st_size > 5000
+    with pytest.raises(ConfigError, match="by step or by tokens; got 'hour'"):
+        plot_loss(tmp_path / "run", by="hour")
     with pytest.raises(DocumentNotFoundError, match="no training log"):
         plot_loss(tmp_path)
     assert command("--steps", 2, "--dtype", "int4")[0] == 2
@@ -285,6 +287,20 @@ def test_train_shows_losses_and_draws_them(command, tmp_path):
     assert command("--config", tmp_path / "none.json")[0] == 2
     with pytest.raises(AdapterError, match="other settings"):
         _train(byte_level_tokenizer(), tmp_path / "book.txt", tmp_path / "run", steps=2)
+
+
+def test_any_setting_can_be_set_and_tokens_bound_the_run(command, tmp_path):
+    """--set takes JSON or text; --max-tokens ends the run at the first step that reaches it."""
+    code, err = command("--set", "objective=one_target", "--set", "chunk_sizes=[8]", "--max-tokens", 150)
+    assert code == 0, err
+    tokens = [row["tokens"] for row in _log(tmp_path / "run")]
+    assert [row["targets"] for row in _log(tmp_path / "run")] == list(range(1, len(tokens) + 1))
+    assert tokens[-1] >= 150 > max([0, *tokens[:-1]])
+    assert read_info(tmp_path / "run" / "adapter").trained["chunk_sizes"] == [8]
+    for wrong, message in (("steps", "wants NAME=VALUE"), ("stepz=3", "unknown setting stepz")):
+        code, err = command("--set", wrong)
+        assert code == 2
+        assert message in err
 
 
 def test_speed_counts_this_run_only():

@@ -31,7 +31,9 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the example stream.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between measurements of the held-out loss.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of any TrainConfig setting.")] = None,
     chunk_size: Annotated[int, typer.Option(help="Chunk size the adapter will be served with.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many input tokens.")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Stop after this long; run again to go on.")] = None,
     compact: Annotated[bool, typer.Option(help="Save the adapter as int8 differences.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, of the base. [default: what is fast]")] = None,
@@ -46,10 +48,20 @@ def train(
     from focus_core.training.stopping import StopOnSignal
 
     given = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "eval_every": eval_every}
-    settings = _settings(config, given)
+    settings = _settings(config, given | _assigned(set_ or []))
     processes = Processes(device)
     loaded = _load(base, dtype, processes)
     end = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
+    tokens = 0
+
+    def count(step: StepReport) -> None:
+        nonlocal tokens
+        tokens = step.tokens
+        report(step)
+
+    def ended() -> bool:
+        return stop() or time.monotonic() >= end or (max_tokens is not None and tokens >= max_tokens)
+
     with StopOnSignal() as stop, _reporter(settings, processes.is_main) as report:
         totals = train_adapter(
             loaded,
@@ -60,8 +72,8 @@ def train(
             chunk_size=chunk_size,
             compact=compact,
             processes=processes,
-            report=report,
-            stop=lambda: stop() or time.monotonic() >= end,
+            report=count,
+            stop=ended,
         )
     if processes.is_main:
         _tell(totals, settings, output)
@@ -73,11 +85,12 @@ def train(
 def plot(
     run: Annotated[Path, typer.Argument(help="The --output folder of a training run.")],
     picture: Annotated[Path | None, typer.Option(help="File to write. [default: loss.png in the run]")] = None,
+    by: Annotated[str, typer.Option(help="step or tokens: what the losses are drawn against.")] = "step",
 ) -> None:
     """Draw the losses of a training run."""
     from focus_core.training.plot import plot_loss
 
-    note.print(f"losses in {plot_loss(run, picture)}")
+    note.print(f"losses in {plot_loss(run, picture, by=by)}")
 
 
 @app.command(name="export-adapter")
@@ -124,6 +137,22 @@ def _settings(config: Path | None, given: dict[str, Any]) -> TrainConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{config} is no readable JSON file ({error}); see docs/recipes/") from error
     return TrainConfig.from_dict(values | {name: value for name, value in given.items() if value is not None})
+
+
+def _assigned(pairs: list[str]) -> dict[str, Any]:
+    """Return the settings of NAME=VALUE pairs; values are JSON, or text where they are not."""
+    from focus_core.errors import ConfigError
+
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, mark, text = pair.partition("=")
+        if not mark:
+            raise ConfigError(f"--set wants NAME=VALUE, such as --set positions=ordered; got {pair!r}")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
 
 
 def _load(base: str | None, dtype: str | None, processes: Any) -> Any:
