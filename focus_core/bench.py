@@ -5,7 +5,6 @@ Timings on shared machines drift; a ratio of interleaved medians does not. Nothi
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -90,8 +89,7 @@ def choose_measures(names: Sequence[str] | None) -> list[str]:
 
 def _tokenizer(engine: FocusEngine, setting: Setting) -> Line:
     """Ours against the model's own tokenizer, both with character offsets."""
-    words = random.Random(0).choices(engine.tokenizer.decode(list(range(1000, 3000))).split(), k=20_000)
-    text = " ".join(words)
+    text = _words(engine, 20_000)
     own = engine.loaded.tokenizer
 
     def theirs() -> None:
@@ -174,13 +172,18 @@ def _reading(engine: FocusEngine, memory: Memory, max_tokens: int, size: int | N
 def _filled(engine: FocusEngine, setting: Setting) -> Memory:
     """Return a memory of different chunks of exactly ``chunk_size`` tokens."""
     size = setting.chunk_size
-    generator = torch.Generator().manual_seed(0)
-    words = engine.tokenizer.decode(torch.randint(1000, 9000, (2 * size,), generator=generator).tolist())
-    documents = []
+    words, documents = _words(engine, 2 * size), []
     for index in range(setting.chunks):
         ids = engine.tokenizer.encode(f"{index} {words}")[:size]
         documents.append(Document(str(index), engine.tokenizer.decode(ids)))
     return engine.with_config(chunk_size=size + 8).remember(documents)
+
+
+def _words(engine: FocusEngine, tokens: int) -> str:
+    """Return a text of random tokens from the middle of the vocabulary."""
+    known = int(engine.base.config.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    return engine.tokenizer.decode(torch.randint(known // 20, known // 5, (tokens,), generator=generator).tolist())
 
 
 def _interleaved(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float]:

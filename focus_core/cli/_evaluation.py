@@ -104,10 +104,11 @@ def _run_task(name: str, plans: list[Plan], methods: list[Method], output: Path)
                     output,
                     partial(_advance, bar),
                     settings=plan.options.facts(),
+                    tokens=plan.options.tokens if TASKS[name].varies_for(plan.options) == "lengths" else None,
                     cache=cache,
                 )
             rows.append(row)
-    _show(output / f"{name}.md", HEADER, [row_cells(row) for row in rows], plans)
+    _show(output, name, HEADER, [row_cells(row) for row in rows], plans)
 
 
 def _run_perplexity(plans: list[Plan], given: int, longest: int, output: Path) -> None:
@@ -131,10 +132,12 @@ def _run_perplexity(plans: list[Plan], given: int, longest: int, output: Path) -
                 known=known,
             )
         rows.append(row)
-    _show(output / "perplexity.md", PERPLEXITY_HEADER, [perplexity_cells(row) for row in rows], plans)
+    _show(output, "perplexity", PERPLEXITY_HEADER, [perplexity_cells(row) for row in rows], plans)
 
 
-def _show(path: Path, header: list[str], rows: list[list[str]], plans: list[Plan]) -> None:
+def _show(output: Path, name: str, header: list[str], rows: list[list[str]], plans: list[Plan]) -> None:
+    """Print the table, and write it and its plots beside the predictions."""
+    from focus_core.evaluation.plots import draw_folder
     from focus_core.evaluation.tables import trained_note, write_markdown
 
     table = Table(*header)
@@ -142,8 +145,9 @@ def _show(path: Path, header: list[str], rows: list[list[str]], plans: list[Plan
         table.add_row(*row)
     Console(width=160).print(table)
     trained = plans[0].engine.info.trained
-    write_markdown(path, header, rows, trained)
-    note.print(f"{trained_note(trained)}; table in {path}", style="dim")
+    write_markdown(output / f"{name}.md", header, rows, trained)
+    written = [output / f"{name}.md", *draw_folder(output, name)]
+    note.print(f"{trained_note(trained)}; written: {', '.join(map(str, written))}", style="dim")
 
 
 def _choose_heads(engine: Any, options: Any, documents: int, output: Path) -> None:

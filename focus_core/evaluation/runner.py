@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from focus_core.engine import FocusEngine
@@ -40,6 +40,7 @@ class Row:
         chunks: mean k.
         local: mean tokens of the local context.
         seconds: mean time a trial took.
+        tokens: memory tokens that were asked for, where the task varies them.
         settings: what made the trials.
     """
 
@@ -56,6 +57,7 @@ class Row:
     chunks: float
     local: float
     seconds: float
+    tokens: int | None = None
     settings: Record = field(default_factory=dict)
 
     @property
@@ -74,6 +76,7 @@ def run(
     report: Callable[[Record], None] = lambda record: None,
     *,
     settings: Record | None = None,
+    tokens: int | None = None,
     cache: ChunkCache | None = None,
 ) -> Row:
     """Answer every trial with ``method``, write ``{name}.{method}.jsonl`` and ``.json`` under ``output``.
@@ -87,6 +90,7 @@ def run(
         output: folder.
         report: called with each prediction.
         settings: what made the trials, for the metrics file and to tell runs apart.
+        tokens: memory tokens of each trial, for plots.
         cache: of chunk KV; share it between methods on the same trials.
 
     Raises:
@@ -109,13 +113,13 @@ def run(
     ):
         records.append(record)
         report(record)
-    row = summarise(name, method.text, records, settings)
+    row = replace(summarise(name, method.text, records), tokens=tokens, settings=settings)
     facts = {"run": file.identity, "trained": engine.info.trained, **machine_facts(engine)}
     write_metrics(output / f"{name}.{method.file_name}.json", {**asdict(row), "interval": row.interval, **facts})
     return row
 
 
-def summarise(name: str, method: str, records: list[Record], settings: Record | None = None) -> Row:
+def summarise(name: str, method: str, records: list[Record]) -> Row:
     """Turn predictions into a table line."""
     answered = [record for record in records if "skipped" not in record]
     ranks = [record["gold_rank"] for record in answered if record["gold_rank"] is not None]
@@ -141,7 +145,6 @@ def summarise(name: str, method: str, records: list[Record], settings: Record | 
         chunks=mean("chunks"),
         local=mean("local"),
         seconds=mean("seconds"),
-        settings=settings or {},
     )
 
 

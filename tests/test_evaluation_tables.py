@@ -1,0 +1,170 @@
+"""Check what a command lays out and leaves behind: plans, table, Markdown, plots, and the commands themselves."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from focus_core import bench, cli
+from focus_core.errors import ConfigError
+from focus_core.evaluation.plots import draw_folder, read_points
+from focus_core.evaluation.runner import Row
+from focus_core.evaluation.tables import HEADER, make_plans, row_cells, write_markdown
+from focus_core.evaluation.tasks import TASKS, TaskOptions
+from tests.conftest import byte_level_tokenizer, tiny_model
+
+FACTS = "1 Mary moved to the bathroom.\n2 John went to the hallway.\n3 Where is Mary? \tbathroom\t1\n"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model("llama").save_pretrained(folder)
+    byte_level_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def focusllm(base, monkeypatch, capsys):
+    def invoke(*arguments):
+        monkeypatch.setattr(sys, "argv", ["focusllm", *map(str, arguments), "--base", base, "--adapter", "untrained"])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        assert code in (0, 2), captured.err
+        return code, captured.out, captured.err
+
+    return invoke
+
+
+def row(**changes):
+    values = {"name": "passkey-4000", "method": "focusllm", "right": 9, "trials": 10, "skipped": 0, "exact": 0.5}
+    values |= {"f1": 0.5, "recall": 0.9, "gold_within": {1: 0.5, 3: 1.0, 5: 1.0}, "by_label": {}, "chunks": 8.0}
+    return Row(**{**values, "local": 9.0, "seconds": 1.0, **changes})
+
+
+def test_plans_cover_every_setting(make_engine):
+    """Chunk sizes times lengths, titles unique and telling; the adapter's own size stays out of them."""
+    engine = make_engine(chunk_size=32)
+    options = TaskOptions(engine.tokenizer, 2, distractors=4)
+    plans = list(make_plans(engine, "passkey", "lengths", options, [100, 200], [3], [16, 32]))
+    assert [plan.title for plan in plans] == [
+        "passkey-keys5-100-c16",
+        "passkey-keys5-200-c16",
+        "passkey-keys5-100-c32",
+        "passkey-keys5-200-c32",
+    ]
+    assert [(plan.options.tokens, plan.options.chunk_size) for plan in plans] == [
+        (100, 16),
+        (200, 16),
+        (100, 32),
+        (200, 32),
+    ]
+    assert [plan.engine.config.chunk_size for plan in plans] == [16, 16, 32, 32]
+    (plan,) = make_plans(engine, "multihop", "nothing", TaskOptions(engine.tokenizer, 2), [1], [1], None)
+    assert (plan.title, plan.engine, plan.options.chunk_size) == ("multihop", engine, 32)
+
+
+def test_the_table_states_counts_and_intervals(tmp_path):
+    """Right of trials, Wilson's interval, attribution recall; Markdown has the same cells and the trained k."""
+    cells = row_cells(row(skipped=1, method="bm25|x"))
+    assert cells[:4] == ["passkey-4000", "bm25|x", "9/10 (1 do not fit)", "60%-98%"]
+    assert cells[8] == "50% 100% 100%"
+    write_markdown(tmp_path / "t.md", HEADER, [cells], {"max_chunks": 96})
+    lines = (tmp_path / "t.md").read_text().splitlines()
+    assert {line.replace("\\|", "").count("|") for line in lines[:3]} == {len(HEADER) + 1}
+    assert lines[-1] == "k seen in training: up to 96"
+
+
+def test_plots_gather_all_runs_of_a_folder(tmp_path):
+    """Points of two lengths, two methods and two chunk sizes are told apart; an image appears for each axis."""
+    for tokens in (1000, 4000):
+        for size in (64, 128):
+            for method, right in (("focusllm", 9), ("truncated", 1)):
+                facts = {"name": f"passkey-natural-{tokens}-c{size}", "method": method, "right": right, "trials": 10}
+                facts |= {"tokens": tokens, "run": {"focus": {"chunk_size": size}}}
+                (tmp_path / f"passkey-{tokens}-{size}.{method}.json").write_text(json.dumps(facts))
+    points = read_points(tmp_path, "passkey")
+    assert {point.series for point in points} == {"focusllm natural", "truncated natural"}
+    assert {(point.tokens, point.chunk_size) for point in points} == {(1000, 64), (1000, 128), (4000, 64), (4000, 128)}
+    assert [round(point.low) for point in points if point.value == 90.0] == [60] * 4
+    images = draw_folder(tmp_path, "passkey")
+    assert [image.name for image in images] == ["passkey-length.png", "passkey-chunk-size.png"]
+    assert all(image.read_bytes().startswith(b"\x89PNG") for image in images)
+    assert draw_folder(tmp_path, "kv") == []
+
+
+def test_perplexity_prints_the_ratio_first_and_draws(focusllm, tmp_path):
+    """Two lengths over one text: a table, metrics, a plot, and nothing computed again."""
+    (tmp_path / "book.txt").write_text(" ".join(f"The cat sat on mat {number}." for number in range(400)))
+    arguments = ["eval", "perplexity", "--file", tmp_path / "book.txt", "--lengths", "320,400", "--trials", "1"]
+    arguments += ["--given", "8", "--chunk-sizes", "48", "--output", tmp_path / "out"]
+    _, out, _ = focusllm(*arguments)
+    assert out.index("memory / local") < out.index("local only")
+    facts = json.loads((tmp_path / "out" / "perplexity-400-c48.json").read_text())
+    assert facts["ratio"] == pytest.approx(facts["memory"] / facts["local"])
+    assert (tmp_path / "out" / "perplexity-length.png").exists()
+    before = (tmp_path / "out" / "perplexity-400-c48.jsonl").read_text()
+    assert focusllm(*arguments)[0] == 0
+    assert (tmp_path / "out" / "perplexity-400-c48.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.varies == "lengths"])
+def test_every_generated_task_makes_a_table(focusllm, tmp_path, task):
+    """One trial of each by the command: predictions, metrics and Markdown are there."""
+    file = []
+    if task == "babilong":
+        (tmp_path / "qa1.txt").write_text(FACTS)
+        file = ["--file", tmp_path / "qa1.txt"]
+    if task == "ruler-qa":
+        rows = [{"question": f"who {i}?", "answers": [f"x{i}"], "title": "T", "context": f"x{i}"} for i in range(40)]
+        (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        file = ["--file", tmp_path / "qa.jsonl"]
+    arguments = ["--lengths", "100", "--chunk-sizes", "64", "--trials", 1, "--output", tmp_path / "out", *file]
+    _, out, err = focusllm("eval", task, *arguments, "--methods", "focusllm:max_tokens=2")
+    assert f"{task}-100-c64" in out, err
+    facts = json.loads((tmp_path / "out" / f"{task}-100-c64.focusllm+max_tokens=2.json").read_text())
+    assert facts["trials"] + facts["skipped"] == 1
+    assert (tmp_path / "out" / f"{task}.md").exists()
+
+
+def test_unknown_names_list_what_there_is(focusllm):
+    """Task, method and measure."""
+    code, _, err = focusllm("eval", "riddles")
+    assert code == 2
+    assert all(name in " ".join(err.split()) for name in [*TASKS, "perplexity", "heads"])
+    code, _, err = focusllm("eval", "passkey", "--methods", "telepathy")
+    assert code == 2
+    assert "streaming" in err
+    code, _, err = focusllm("bench", "--only", "luck")
+    assert code == 2
+    assert "tokenizer, prefill, injection, step" in " ".join(err.split())
+
+
+def test_bench_prints_each_line_when_it_is_known(make_engine, monkeypatch, focusllm):
+    """The first line is out before the second measure starts; --only leaves the others out; ratios are numbers."""
+    engine = make_engine(chunk_size=32, window=512)
+    started = []
+
+    def noted(name, measure):
+        return lambda engine, setting: started.append(name) or measure(engine, setting)
+
+    monkeypatch.setattr(bench, "MEASURES", {name: noted(name, made) for name, made in bench.MEASURES.items()})
+    lines = bench.run_bench(engine, 3, 16, 2)
+    first = next(lines)
+    assert started == ["tokenizer"]
+    assert first.ratio > 0
+    rest = list(lines)
+    assert [line.measure.split(" ")[0] for line in rest] == ["chunk", "injection", "decoding"]
+    assert all(line.ratio > 0 for line in rest)
+    with pytest.raises(ConfigError, match="unknown measure 'luck'"):
+        bench.choose_measures(["step", "luck"])
+    started.clear()
+    _, out, _ = focusllm("bench", "--only", "step", "--chunks", 3, "--chunk-size", 16, "--steps", 2)
+    assert started == ["step"]
+    assert "decoding step over 3 chunks of 16" in out
