@@ -342,6 +342,18 @@ def test_suites_are_read(options, tmp_path):
     (trial,) = make("multihop", replace(options, file=write(tmp_path / "h.jsonl", [hotpot])))
     assert trial.documents[0].text == "T\na. b."
 
+    exam = {"instructions": ["1+1?", "who?"], "outputs": ["(B) two", "Ann"], "input": "Sums.", "source": "quality"}
+    first, second = make("leval", replace(options, file=write(tmp_path / "e.jsonl", [exam])))
+    assert (first.question, first.answers, first.documents) == ("1+1?", ("(B) two", "two"), second.documents)
+    choice = {"question": "who?", "options": ["A. Bob", "B. Ann "], "answer": "B", "content": "It was Ann."}
+    (trial,) = make("bamboo", replace(options, file=write(tmp_path / "meetingqa_4k.jsonl", [choice])))
+    assert (trial.question, trial.answers) == ("who?\nA. Bob\nB. Ann", ("B. Ann", "Ann"))
+    for order in (["Question:\nwho?", "Document:\nIt was Ann."], ["Document:\nIt was Ann.", "Question:\nwho?"]):
+        row = {"content": "\n\n".join(["Answer from the document.", *order]) + "\n", "answer": "Ann"}
+        (trial,) = make("bamboo", replace(options, file=write(tmp_path / "altqa_4k.jsonl", [row])))
+        assert trial.question == "Answer from the document.\n\nQuestion:\nwho?"
+        assert trial.documents[0].text == "Document:\nIt was Ann."
+
     kv = {"ordered_kv_records": [["k1", "v1"], ["k2", "v2"]], "key": "k2", "value": "v2"}
     (trial,) = make("kv", replace(options, file=write(tmp_path / "kv.jsonl", [kv])))
     assert (trial.answers, trial.label) == (("v2",), "depth 0.75")
@@ -375,6 +387,9 @@ def test_files_of_another_kind_are_refused(options, tmp_path, name):
         ("longeval-lines", "longchat_lines/200_lines.jsonl.gz"),
         ("longeval-topics", "longchat_topics/5_topics.jsonl.gz"),
         ("common-words", "ruler_words/nounlist.txt.gz"),
+        ("leval", "leval/natural_question.jsonl.gz"),
+        ("bamboo", "bamboo/altqa_4k.jsonl.gz"),
+        ("bamboo", "bamboo/paperqa_16k.jsonl.gz"),
     ],
 )
 def test_real_files_are_read(options, shared_data, name, file):
@@ -382,6 +397,6 @@ def test_real_files_are_read(options, shared_data, name, file):
     trials = make(name, replace(options, file=shared_data / "eval" / file, tokens=4000))
     assert len(trials) == 10
     for trial in trials:
-        known = text_of(trial).lower()
-        if trial.answers[0] not in ("yes", "no"):
+        known = f"{text_of(trial)} {trial.question}".lower()  # choices stand in the question
+        if name != "leval" and trial.answers[0] not in ("yes", "no"):
             assert any(answer.lower() in known for answer in trial.answers)

@@ -16,11 +16,11 @@ class ChunkCache:
     """Chunk KV by address.
 
     Args:
-        limit: most bytes to hold; a fourth of the free memory if not given.
+        limit: most bytes to hold; a fourth of what is free on the chunks' device if not given.
     """
 
     def __init__(self, limit: int | None = None) -> None:
-        self.limit = psutil.virtual_memory().available // 4 if limit is None else limit
+        self.limit = limit
         self.nbytes = 0
         self.encoded = 0
         """Chunks that had to be computed so far."""
@@ -39,8 +39,14 @@ class ChunkCache:
     def put(self, key: str, chunk: Tensor) -> bool:
         """Keep a copy of one chunk's KV where there is room; return whether it was kept."""
         self.encoded += 1
+        if self.limit is None:
+            self.limit = _free_bytes(chunk.device) // 4
         if key in self._chunks or self.nbytes + chunk.nbytes > self.limit:
             return False
         self._chunks[key] = chunk.detach().clone(memory_format=torch.contiguous_format)
         self.nbytes += chunk.nbytes
         return True
+
+
+def _free_bytes(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)

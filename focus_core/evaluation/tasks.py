@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from focus_core.errors import ConfigError
+from focus_core.evaluation.exams import bamboo, leval
 from focus_core.evaluation.files import file_facts, read_long_text
 from focus_core.evaluation.haystack import Haystack
 from focus_core.evaluation.needles import passkey
@@ -178,6 +179,8 @@ TASKS: dict[str, Task] = {
         Task("babilong", "bAbI facts in other text; needs --file", _babilong, 8, "lengths"),
         Task("longeval-lines", "LongEval line retrieval; needs --file", _from_file(longeval_lines), 16, "nothing"),
         Task("longeval-topics", "LongEval first topic; needs --file", _from_file(longeval_topics), 32, "nothing"),
+        Task("leval", "questions of an L-Eval file; needs --file", _from_file(leval), 48, "nothing"),
+        Task("bamboo", "BAMBOO's altqa, meetingqa, paperqa; needs --file", _from_file(bamboo), 48, "nothing"),
         Task("longbench", "a LongBench file; needs --file", _from_file(longbench), 32, "nothing"),
         Task("infinitebench", "an InfiniteBench file; needs --file", _from_file(infinitebench), 48, "nothing"),
     )
