@@ -1,0 +1,45 @@
+"""Talk to an agent whose chat window is small and whose memory is not.
+
+    python examples/llama_index_agent.py
+
+Turns that leave the window become memory chunks that the model reads in every later turn; the memory is written to a
+folder and read again. Printed: what was asked and answered, chunks read, and what the memory holds at the end. The
+default model is small and never learned to chat at length: watch the memory, not its wit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+
+from llama_index.core.agent.workflow import FunctionAgent
+from llama_index.core.memory import Memory
+
+from focus_integrations.llama_index import FocusLLM, FocusMemoryBlock, memory_tools
+
+SAID = (
+    "My name is Anna and my cat is called Biscuit.",
+    "I work as a gardener in Lisbon.",
+    "Today it rained and I repotted four lemon trees.",
+    "What is my cat called?",
+)
+
+
+async def main() -> None:
+    """Have a conversation, keep it, and look into it."""
+    llm = FocusLLM(max_tokens=32)
+    block = FocusMemoryBlock(llm=llm)
+    memory = Memory.from_defaults(session_id="anna", token_limit=120, token_flush_size=40, memory_blocks=[block])
+    agent = FunctionAgent(tools=memory_tools(block, "anna"), llm=block.reader("anna"))
+    for text in SAID:
+        response = await agent.run(text, memory=memory)
+        print(f"> {text}\n  {response!s}  [{len(block.memory('anna'))} chunks of memory]", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        block.persist(folder)
+        again = FocusMemoryBlock.load(folder, llm)
+    for source in again.recall("What is my cat called?", "anna", top_k=2):
+        print(f"  {source['score']:.2f} {source['text']!r}")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
