@@ -153,6 +153,21 @@ def test_mixed_predictions_are_refused(make_engine, tmp_path, change):
     assert (tmp_path / "p.focusllm.jsonl").read_text() == before
 
 
+def test_a_setting_added_later_leaves_files_valid(make_engine, tmp_path):
+    """A file whose configuration lacks a field that is at its default now goes on; one at another value does not."""
+    engine = make_engine(chunk_size=96, window=512)
+    trials = trials_of(engine, 1)
+    run(engine, "p", trials, "focusllm", 2, tmp_path)
+    path = tmp_path / "p.focusllm.jsonl"
+    head, *rest = path.read_text().splitlines(keepends=True)
+    facts = json.loads(head)
+    del facts["run"]["focus"]["local_mode"]
+    path.write_text(json.dumps(facts) + "\n" + "".join(rest))
+    assert run(engine, "p", trials, "focusllm", 2, tmp_path).trials == 1
+    with pytest.raises(ConfigError, match="focus was"):
+        run(engine.with_config(local_mode="exact"), "p", trials, "focusllm", 2, tmp_path)
+
+
 def test_a_baseline_outlives_another_adapter(make_engine, tmp_path):
     """Baselines do not read the adapter, so its change does not void them."""
     engines = [make_engine(chunk_size=96, window=512, scale=scale) for scale in (0.1, 0.2)]

@@ -10,13 +10,8 @@ import torch
 
 from focus_core.corpus import Document
 from focus_core.errors import ConfigError, EmptyCorpusError
-from focus_core.evaluation.perplexity import (
-    measure_window,
-    memory_logits,
-    read_windows,
-    run_perplexity,
-    window_logits,
-)
+from focus_core.evaluation.perplexity import measure_window, memory_logits, run_perplexity, window_logits
+from focus_core.evaluation.windows import read_windows
 from focus_core.parallel import encode_chunks
 from focus_core.training.objectives import Query, Task, dense_logits
 
@@ -40,9 +35,10 @@ def test_without_chunks_it_is_transformers_loss(make_engine, family):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
 @pytest.mark.parametrize("rows", [1, 9, 1000])
-def test_with_chunks_it_is_incremental_decoding(make_engine, family, rows):
+@pytest.mark.parametrize("scoring", [{}, {"candidate_bias": "log_k", "top_candidates": 2}])
+def test_with_chunks_it_is_incremental_decoding(make_engine, family, rows, scoring):
     """Logits of every target equal those of decoding token by token, whatever is run together."""
-    engine = make_engine(family, chunk_size=64)
+    engine = make_engine(family, chunk_size=64, **scoring)
     texts = [engine.tokenizer.decode(chunk) for chunk in CHUNKS]
     memory = engine.remember([Document(str(index), text) for index, text in enumerate(texts)])
     reading = engine.reading(memory.state, max_tokens=len(LOCAL))
@@ -51,6 +47,14 @@ def test_with_chunks_it_is_incremental_decoding(make_engine, family, rows):
     found = memory_logits(engine, [chunk.ids for chunk in memory.chunks], LOCAL, SPLIT, rows_at_once=rows)
     assert len(memory) == len(CHUNKS)
     torch.testing.assert_close(found, torch.stack(steps), atol=2e-5, rtol=1e-4)
+
+
+def test_other_ways_of_decoding_are_refused(make_engine):
+    """One pass is incremental decoding with the given tokens as dynamic prompt; anything else is named."""
+    with pytest.raises(ConfigError, match="local_mode is 'exact'"):
+        memory_logits(make_engine(local_mode="exact"), CHUNKS, LOCAL, SPLIT)
+    with pytest.raises(ConfigError, match="5 given tokens do not fit a dynamic prompt of 3"):
+        memory_logits(make_engine(prompt_length=3), CHUNKS, LOCAL, SPLIT)
 
 
 def test_it_is_the_dense_pass_of_training(make_engine):

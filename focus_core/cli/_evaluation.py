@@ -112,8 +112,9 @@ def _run_task(name: str, plans: list[Plan], methods: list[Method], output: Path)
 
 
 def _run_perplexity(plans: list[Plan], given: int, longest: int, output: Path) -> None:
-    from focus_core.evaluation.perplexity import Known, read_windows, run_perplexity
+    from focus_core.evaluation.perplexity import Known, run_perplexity
     from focus_core.evaluation.tables import PERPLEXITY_HEADER, perplexity_cells
+    from focus_core.evaluation.windows import read_windows
 
     first = plans[0].options
     windows = list(read_windows([first.needed_file], first.tokenizer, longest, first.trials, first.seed))

@@ -7,11 +7,9 @@ incremental decoding token for token. All lengths of a text share the same last 
 
 from __future__ import annotations
 
-import hashlib
 import math
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,9 +19,9 @@ from torch.nn import functional as F
 
 from focus_core.chunking import cut
 from focus_core.engine import FocusEngine
-from focus_core.errors import ConfigError, EmptyCorpusError
-from focus_core.evaluation.files import read_documents
+from focus_core.errors import ConfigError
 from focus_core.evaluation.records import Record, RecordFile, engine_facts, machine_facts, write_metrics
+from focus_core.evaluation.windows import Window
 from focus_core.kv import Suffix
 from focus_core.parallel import (
     ChunkRows,
@@ -35,42 +33,10 @@ from focus_core.parallel import (
     sink_before,
     sweep,
 )
-from focus_core.tokenization import Encoded, TextTokenizer
+from focus_core.tokenization import Encoded
 
 TARGETS = 256
 _ROWS_AT_ONCE = {"cpu": 4096, "cuda": 65536}
-
-
-@dataclass(frozen=True)
-class Window:
-    """The end of a text.
-
-    Args:
-        name: of the text and the place.
-        text: its characters.
-        encoded: its ids and offsets; they end with the targets.
-    """
-
-    name: str
-    text: str
-    encoded: Encoded
-
-    @property
-    def fingerprint(self) -> str:
-        """Short hash of the token ids."""
-        return hashlib.sha256(self.encoded.ids.tobytes()).hexdigest()[:16]
-
-    def end(self, tokens: int) -> Window:
-        """Return the last ``tokens`` tokens of this window."""
-        first = max(0, len(self.encoded.ids) - tokens)
-        at = int(self.encoded.starts[first])
-        part = Encoded(
-            self.encoded.ids[first:],
-            self.encoded.starts[first:] - at,
-            self.encoded.clean[first:],
-            self.encoded.length - at,
-        )
-        return Window(self.name, self.text[at:], part)
 
 
 @dataclass(frozen=True)
@@ -102,42 +68,6 @@ class PerplexityRow:
     settings: Record = field(default_factory=dict)
 
 
-def read_windows(
-    paths: Sequence[Path], tokenizer: TextTokenizer, tokens: int, count: int, seed: int = 0
-) -> Iterator[Window]:
-    """Yield ``count`` windows of ``tokens`` tokens, text after text, at places drawn from the seed.
-
-    Args:
-        paths: files, or folders of files; a text that is too short is left out, and if all are, they are joined.
-        tokenizer: of the base.
-        tokens: of each window.
-        count: how many.
-        seed: of the places.
-
-    Raises:
-        EmptyCorpusError: the texts hold fewer tokens than asked for.
-    """
-    texts = list(_texts(paths))
-    known: dict[str, Encoded] = {}
-    long = [name for name, text in texts if len(text) >= tokens and _fits(known, tokenizer, name, text, tokens)]
-    if not long:
-        texts = [("joined", "\n\n".join(text for _, text in texts))]
-        long = [name for name, text in texts if _fits(known, tokenizer, name, text, tokens)]
-    if not long:
-        raise EmptyCorpusError(
-            f"no text of {tokens} tokens in {', '.join(map(str, paths))}, not even joined; ask for shorter --lengths"
-        )
-    by_name = dict(texts)
-    for index in range(count):
-        name = long[index % len(long)]
-        encoded = known[name]
-        rng = random.Random(f"window/{seed}/{name}/{index // len(long)}")
-        stop = rng.randint(tokens, len(encoded.ids))
-        end = int(encoded.starts[stop]) if stop < len(encoded.ids) else encoded.length
-        part = Encoded(encoded.ids[:stop], encoded.starts[:stop], encoded.clean[:stop], end)
-        yield Window(f"{name}@{stop}", by_name[name][:end], part).end(tokens)
-
-
 @torch.no_grad()
 def memory_logits(
     engine: FocusEngine,
@@ -157,7 +87,11 @@ def memory_logits(
 
     Returns:
         (len(ids) - split, vocabulary) float32: row t predicts token ``split + t``.
+
+    Raises:
+        ConfigError: the settings decode in another way, which one pass cannot compute.
     """
+    _check_settings(engine, split)
     base, positions = engine.base, engine.config.positions
     head = sink_before(ids, engine.sink)
     tokens, none = torch.tensor(list(ids)), torch.empty(0, dtype=torch.long)
@@ -180,6 +114,18 @@ def memory_logits(
     local = LocalRows(rows_local, start, None, groups, shared_rows=len(head) + split, scoring=Scoring.of(engine.config))
     hidden = sweep(base, engine.adapter, [[group] for group in groups], [local], positions)[0]
     return base.logits(hidden[:, split - len(ids) :])[0].float()
+
+
+def _check_settings(engine: FocusEngine, split: int) -> None:
+    if engine.config.local_mode != "incremental":
+        raise ConfigError(
+            f"perplexity is computed as incremental decoding, but local_mode is {engine.config.local_mode!r}; "
+            "use an adapter with local_mode='incremental'"
+        )
+    if split - 1 > engine.config.prompt_length:
+        raise ConfigError(
+            f"{split} given tokens do not fit a dynamic prompt of {engine.config.prompt_length}; give fewer (--given)"
+        )
 
 
 @torch.no_grad()
@@ -290,15 +236,3 @@ def run_perplexity(
     facts = {"run": file.identity, "trained": engine.info.trained, **machine_facts(engine)}
     write_metrics(output / f"{name}.json", {**asdict(row), **facts})
     return row
-
-
-def _texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    for path in paths:
-        for file in sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]:
-            for index, text in enumerate(read_documents(file)):
-                yield f"{file.name.split('.')[0]}-{index}", text
-
-
-def _fits(known: dict[str, Encoded], tokenizer: TextTokenizer, name: str, text: str, tokens: int) -> bool:
-    known[name] = tokenizer.encode_with_offsets(text)
-    return len(known[name].ids) >= tokens

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
+from focus_core.config import FocusConfig
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
 from focus_core.store import dtype_name
@@ -76,10 +77,10 @@ class RecordFile:
         if not whole:
             self.path.write_text(json.dumps({"run": self.identity}) + "\n", encoding="utf-8")
             return []
-        made_by = whole[0].get("run", {})
-        for key in {**self.identity, **made_by}:
-            if made_by.get(key) != self.identity.get(key):
-                raise self._mixed(f"{key} was {_short(made_by.get(key))}, is {_short(self.identity.get(key))} now")
+        made_by, now = _comparable(whole[0].get("run", {})), _comparable(self.identity)
+        for key in {**now, **made_by}:
+            if made_by.get(key) != now.get(key):
+                raise self._mixed(f"{key} was {_short(made_by.get(key))}, is {_short(now.get(key))} now")
         return whole[1:]
 
     def _mixed(self, why: str) -> ConfigError:
@@ -122,6 +123,13 @@ def machine_facts(engine: FocusEngine) -> Record:
 def write_metrics(path: Path, facts: Record) -> None:
     """Write a metrics file."""
     path.write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _comparable(identity: Record) -> Record:
+    """Drop settings at their defaults, so that a setting added later leaves earlier predictions valid."""
+    defaults = FocusConfig().to_dict()
+    focus = {key: value for key, value in identity.get("focus", {}).items() if defaults.get(key, ...) != value}
+    return {**identity, "focus": focus}
 
 
 def _own_version() -> str:

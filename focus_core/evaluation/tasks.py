@@ -14,9 +14,9 @@ from focus_core.errors import ConfigError
 from focus_core.evaluation.exams import bamboo, leval
 from focus_core.evaluation.files import file_facts, read_long_text
 from focus_core.evaluation.haystack import Haystack
+from focus_core.evaluation.lookups import key_values, number, read_key_values
 from focus_core.evaluation.needles import passkey
 from focus_core.evaluation.questions import multi_document, ruler_questions
-from focus_core.evaluation.retrieving import key_values, number, read_key_values
 from focus_core.evaluation.ruler import common_words, frequent_words, needles, variables
 from focus_core.evaluation.stories import babilong
 from focus_core.evaluation.suites import infinitebench, longbench, longeval_lines, longeval_topics, multihop
