@@ -7,10 +7,14 @@ is loaded at first use and shared by the process.
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
@@ -20,6 +24,17 @@ from focus_core.generation import check_cancelled
 from focus_integrations import _async
 from focus_integrations._engines import Held
 from focus_integrations.langchain._model import CONFIG, PROVIDER, FocusModel, trimmed, usage_of
+
+_call_options: ContextVar[Mapping[str, Any]] = ContextVar("focusllm_call_options", default=MappingProxyType({}))
+
+
+@contextmanager
+def _options_of_call(kwargs: Mapping[str, Any]) -> Iterator[None]:
+    token = _call_options.set(kwargs)
+    try:
+        yield
+    finally:
+        _call_options.reset(token)
 
 
 class FocusLLM(FocusModel, BaseLLM):
@@ -47,7 +62,43 @@ class FocusLLM(FocusModel, BaseLLM):
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
         """Everything an answer depends on, the corpus included: this is the LLM cache's key."""
-        return self._facts()
+        return self._facts(_call_options.get())
+
+    def generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Callbacks | list[Callbacks] | None = None,
+        *,
+        tags: list[str] | list[list[str]] | None = None,
+        metadata: dict[str, Any] | list[dict[str, Any]] | None = None,
+        run_name: str | list[str] | None = None,
+        run_id: uuid.UUID | list[uuid.UUID | None] | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """Answer several prompts; what the call itself gives is part of the cache's key here."""
+        with _options_of_call(kwargs):
+            return super().generate(
+                prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **kwargs
+            )
+
+    async def agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Callbacks | list[Callbacks] | None = None,
+        *,
+        tags: list[str] | list[list[str]] | None = None,
+        metadata: dict[str, Any] | list[dict[str, Any]] | None = None,
+        run_name: str | list[str] | None = None,
+        run_id: uuid.UUID | list[uuid.UUID | None] | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """Answer several prompts beside the event loop; see :meth:`generate`."""
+        with _options_of_call(kwargs):
+            return await super().agenerate(
+                prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **kwargs
+            )
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
         params = super()._get_ls_params(stop=stop, **kwargs)

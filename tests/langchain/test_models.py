@@ -22,8 +22,9 @@ from pydantic import BaseModel, ValidationError
 
 from focus_core import Document
 from focus_core.chat import Message
-from focus_core.errors import ConfigError, ContextTooLongError, EmptyCorpusError, NotTextError
+from focus_core.errors import ConfigError, ContextTooLongError, EmptyCorpusError, NotTextError, OutOfMemoryError
 from focus_core.families import BaseDecoder
+from focus_core.memory import ChunkEncoder
 from focus_integrations import _engines
 from focus_integrations.langchain import ChatFocusLLM, FocusLLM
 from tests.langchain.conftest import EndlessEngine, ScriptedEngine, tiny_engine
@@ -203,8 +204,9 @@ def test_cache_keys_hold_the_corpus(kind, tmp_path):
         assert _text(live.invoke("who?")) == changed
         other = kind(engine=ENGINE, documents=[PAGES[0]], max_tokens=12)
         assert _text(other.invoke("who?")) == first
-        if kind is ChatFocusLLM:
-            assert _text(other.invoke("who?", documents=["hat hat hat " * 40])) != first
+        assert _text(other.invoke("who?", documents=["hat hat hat " * 40])) != first
+        sampled = [_text(other.invoke("who?", temperature=1.0, seed=seed)) for seed in (1, 2, 1)]
+        assert sampled[0] == sampled[2] != sampled[1]
     finally:
         set_llm_cache(None)
 
@@ -472,6 +474,21 @@ def test_bad_input_is_named(kind, tmp_path):
         kind(engine=ENGINE, memory=3).invoke("x")
     with pytest.raises(ConfigError, match="dtype"):
         kind(dtype="int99").invoke("x")
+
+
+@BOTH
+def test_a_corpus_larger_than_memory_says_so(kind, monkeypatch):
+    """Where chunk KV cannot be allocated the error names the number of chunks, and the model works on afterwards."""
+    model = kind(engine=ENGINE, max_tokens=2)
+
+    def allocate(self: Any, rows: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ChunkEncoder, "allocate", allocate)
+        with pytest.raises(OutOfMemoryError, match=r"\d chunks do not fit in memory"):
+            model.invoke("x", documents=["the large cat. " * 20])
+    assert model.invoke("x", documents=["the large cat. " * 20]) is not None
 
 
 def test_bad_tools_schemas_and_messages_are_named():
