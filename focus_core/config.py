@@ -187,7 +187,8 @@ class TrainConfig(_Json):
         distillation: weight of the KL divergence from the base that reads the memory in its own window, per objective.
         teacher_memory: what that base reads: ``all`` chunks, or the ``gold`` ones of the local context.
         eval_every: steps between measurements of the held-out loss; 0 never measures and holds nothing out.
-        eval_examples: examples that it is measured on, always the same.
+        eval_examples: examples that it is measured on, always the same, and dense whatever is trained.
+        eval_mix: weight of each objective in them; empty is ``mix``. Give it to compare runs of different ``mix``.
         held_out: share of texts and of passages that is kept out of training for it.
     """
 
@@ -223,6 +224,7 @@ class TrainConfig(_Json):
     teacher_memory: TeacherMemory = "gold"
     eval_every: int = 0
     eval_examples: int = 32
+    eval_mix: dict[str, float] = field(default_factory=dict)
     held_out: float = 0.02
 
     def __post_init__(self) -> None:
@@ -265,13 +267,13 @@ class TrainConfig(_Json):
             raise ConfigError(f"local_tokens must be (least >= 4, most >= least); got {self.local_tokens}")
 
     def _check_objectives(self) -> None:
-        if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
+        if sum(self.mix.values()) <= 0:
             raise ConfigError(f"mix must hold weights of at least 0 with a positive sum; got {self.mix}")
-        for kind in (*self.mix, *self.distillation):
-            if kind not in OBJECTIVES:
-                raise ConfigError(f"mix and distillation know {', '.join(OBJECTIVES)}; got {kind!r}")
-        if any(weight < 0 for weight in self.distillation.values()):
-            raise ConfigError(f"distillation must hold weights of at least 0; got {self.distillation}")
+        for name in ("mix", "distillation", "eval_mix"):
+            for kind, weight in getattr(self, name).items():
+                if kind not in OBJECTIVES:
+                    raise ConfigError(f"{name} knows {', '.join(OBJECTIVES)}; got {kind!r}")
+                _bounded(f"{name}[{kind!r}]", weight, 0.0)
 
     def _check_stages(self) -> None:
         object.__setattr__(self, "stages", _tuples(self.stages))

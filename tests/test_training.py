@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 
 import pytest
 import torch
@@ -107,6 +108,27 @@ def test_a_stopped_run_resumes_exactly(data, tmp_path, tokenizer):
     assert rows[-1]["tokens"] > rows[0]["tokens"] > 0
     with pytest.raises(AdapterError, match="other settings"):
         _run("llama", data, tmp_path / "b", tokenizer, steps=7)
+
+
+def test_a_killed_run_resumes_exactly(data, tmp_path, tokenizer):
+    """The folder as a kill in step 3 would leave it: steps 3 to 5 come out as in the unbroken run, each logged once."""
+    base = BaseDecoder(tiny_model("llama", window=512))
+    config = TrainConfig(**SMALL, steps=5)
+    whole, left = tmp_path / "whole", tmp_path / "left"
+
+    def copy(done):
+        if done.step == 3:  # logged, its checkpoint not written yet
+            shutil.copytree(whole, left)
+
+    for output, report in ((whole, copy), (left, lambda done: None)):
+        with CandidateAdapter(base, torch.float32) as adapter:
+            stream = ExampleStream(read_training_texts([data]), TextTokenizer(tokenizer), config)
+            train(base, adapter, stream, config, output, sink=0, report=report, checkpoint_seconds=0.0)
+    rows = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, left)]
+    for row in (*rows[0], *rows[1]):
+        del row["seconds"]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[1]] == [1, 2, 3, 4, 5]
 
 
 def test_export_writes_the_compact_form_and_its_loss(data, tmp_path, tokenizer):

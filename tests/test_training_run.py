@@ -157,6 +157,19 @@ def test_the_best_adapter_stays_beside_the_last(tokenizer, book, tmp_path):
         _train(tokenizer, tmp_path / "short.txt", tmp_path / "c", eval_every=1)
 
 
+def test_arms_are_measured_on_the_same_examples(tokenizer, book, tmp_path):
+    """One-target training on one objective == dense training on another, in the held-out loss before both."""
+    measured = []
+    for name, changes in {"one": {"objective": "one_target", "mix": {"needle": 1}}, "dense": {}}.items():
+        settings = {"eval_every": 1, "eval_examples": 3, "eval_mix": {"continuation": 1}, "learning_rate": 1e-9}
+        _train(tokenizer, book, tmp_path / name, steps=1, **(settings | changes))
+        (row,) = _log(tmp_path / name)
+        measured.append(row["held_out"])
+        assert list(row["held_out"]["by_kind"]) == ["continuation"]
+    assert measured[0]["loss"] == pytest.approx(measured[1]["loss"], abs=1e-5)
+    assert measured[0]["queries"] == measured[1]["queries"] == 3
+
+
 def test_compact_training_measures_both_forms(tokenizer, book, tmp_path):
     """The adapter is saved in int8 and export.json holds both losses on the held-out examples."""
     _train(tokenizer, book, tmp_path / "run", compact=True, eval_every=3, eval_examples=2)
@@ -296,7 +309,7 @@ def test_any_setting_can_be_set_and_tokens_bound_the_run(command, tmp_path):
     tokens = [row["tokens"] for row in _log(tmp_path / "run")]
     assert [row["targets"] for row in _log(tmp_path / "run")] == list(range(1, len(tokens) + 1))
     assert tokens[-1] >= 150 > max([0, *tokens[:-1]])
-    assert read_info(tmp_path / "run" / "adapter").trained["chunk_sizes"] == [8]
+    assert read_info(tmp_path / "run" / "adapter").trained["chunk_sizes"] == [8, 48, 64, 96, 128]
     for wrong, message in (("steps", "wants NAME=VALUE"), ("stepz=3", "unknown setting stepz")):
         code, err = command("--set", wrong)
         assert code == 2

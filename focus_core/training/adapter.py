@@ -6,6 +6,7 @@ It joins base, example stream, loop and the saved adapter's settings; each of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -103,8 +104,9 @@ def _streams(
         return ExampleStream(texts, tokenizer, settings), []
     kept, held = hold_out(texts, settings.held_out, settings.seed)
     stream = ExampleStream(kept, tokenizer, settings)
+    measured = replace(settings, objective="dense", mix=settings.eval_mix or settings.mix)
     try:
-        unseen = ExampleStream(held, tokenizer, settings, others=(*held.questions, *kept.questions))
+        unseen = ExampleStream(held, tokenizer, measured, others=(*held.questions, *kept.questions))
     except EmptyCorpusError as error:
         raise EmptyCorpusError(
             f"too little data to hold some out for eval_every={settings.eval_every} (held_out={settings.held_out}); "
@@ -133,7 +135,7 @@ def _trained(settings: TrainConfig, totals: Totals) -> dict[str, object]:
         "steps": totals.step,
         "tokens": totals.tokens,
         "targets": totals.targets,
-        "chunk_sizes": list(settings.chunk_sizes),
+        "chunk_sizes": sorted({*settings.chunk_sizes, *settings.question_chunk_sizes}),
         "max_chunks": min(settings.max_chunks, settings.max_memory_tokens // min(settings.chunk_sizes)),
         **({"held_out_loss": totals.best, "held_out_step": totals.best_step} if totals.best is not None else {}),
     }
