@@ -106,6 +106,22 @@ def test_two_processes_take_the_steps_of_one(tokenizer, book, tmp_path):
         torch.testing.assert_close(second[key], value, atol=1e-6, rtol=1e-4, msg=key)
 
 
+def test_shipped_recipes_and_launch_files_load():
+    """Every recipe is valid TrainConfig; accelerate's own reader takes the launch files; ZeRO-2 clips as we do."""
+    from accelerate.commands.config import load_config_from_file
+
+    recipes = sorted((ROOT / "docs/recipes").glob("[0-9]*.json"))
+    assert len(recipes) >= 3
+    for path in recipes:
+        assert TrainConfig.from_dict(json.loads(path.read_text())).steps > 0
+    kinds = {path.stem: load_config_from_file(str(path)) for path in (ROOT / "docs/recipes").glob("accelerate-*.yaml")}
+    assert kinds["accelerate-zero2"].distributed_type == "DEEPSPEED"
+    zero = json.loads((ROOT / kinds["accelerate-zero2"].deepspeed_config["deepspeed_config_file"]).read_text())
+    assert zero["zero_optimization"]["stage"] == 2
+    assert zero["gradient_clipping"] == TrainConfig().max_grad_norm
+    assert kinds["accelerate-cpu"].num_processes == 2
+
+
 def test_passes_give_the_gradient_of_one_pass(tokenizer, book, tmp_path):
     """Losses and gradient norms with one example a pass == with all four together; five do not divide."""
     runs = {}
