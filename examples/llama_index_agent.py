@@ -25,21 +25,20 @@ SAID = (
 )
 
 
-async def main() -> None:
+async def talk(folder: str) -> None:
     """Have a conversation, keep it, and look into it."""
     llm = FocusLLM(max_tokens=32)
-    block = FocusMemoryBlock(llm=llm)
+    block = FocusMemoryBlock(llm=llm, folder=folder)
     memory = Memory.from_defaults(session_id="anna", token_limit=120, token_flush_size=40, memory_blocks=[block])
     agent = FunctionAgent(tools=memory_tools(block, "anna"), llm=block.reader("anna"))
     for text in SAID:
         response = await agent.run(text, memory=memory)
-        print(f"> {text}\n  {response!s}  [{len(block.memory('anna'))} chunks of memory]", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        block.persist(folder)
-        again = FocusMemoryBlock.load(folder, llm)
-    for source in again.recall("What is my cat called?", "anna", top_k=2):
-        print(f"  {source['score']:.2f} {source['text']!r}")
+        print(f"> {text}\n  {response!s}  [{len(block.session('anna').memory)} chunks of memory]", flush=True)
+    again = FocusMemoryBlock(llm=llm, folder=folder)  # as another process would find it
+    for item in again.recall("What is my cat called?", "anna", top_k=2):
+        print(f"  {item.score:.2f} {item.passage!r}")
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(talk(folder))

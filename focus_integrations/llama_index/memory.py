@@ -11,21 +11,16 @@ import hashlib
 import json
 import threading
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.memory.memory import BaseMemoryBlock
 
-from focus_core.corpus import Document
-from focus_core.errors import ConfigError, StoreError
-from focus_core.memory import Memory
-from focus_core.store import write_atomically
+from focus_core.errors import ConfigError
+from focus_integrations._long_memory import LongMemory, Recalled
 from focus_integrations.llama_index._messages import to_messages
 from focus_integrations.llama_index.llm import FocusLLM
-
-FORMAT = 1
-MANIFEST = "focus_block.json"
 
 
 class FocusMemoryBlock(BaseMemoryBlock[str]):
@@ -40,14 +35,16 @@ class FocusMemoryBlock(BaseMemoryBlock[str]):
 
     name: str = Field(default="LongMemory", description="Name of the block.")
     llm: FocusLLM = Field(description="Model whose engine reads the turns.")
+    folder: str | None = Field(
+        default=None, description="Where all sessions are saved at every change; in this process only if None."
+    )
     inject_top_k: int = Field(
         default=0,
         ge=0,
         description="Best passages to write into the prompt as well, for models that cannot read the memory itself.",
     )
 
-    _memories: dict[str, Memory] = PrivateAttr(default_factory=dict)
-    _counts: dict[str, int] = PrivateAttr(default_factory=dict)
+    _sessions: dict[str, LongMemory] = PrivateAttr(default_factory=dict)
     _lock: Any = PrivateAttr(default_factory=threading.RLock)
 
     # -- LlamaIndex ---------------------------------------------------------------------------------------------
@@ -70,16 +67,17 @@ class FocusMemoryBlock(BaseMemoryBlock[str]):
         if not self.inject_top_k or not asked:
             return ""
         found = await asyncio.to_thread(self.recall, asked[-1], session_id or "", self.inject_top_k)
-        return "\n\n".join(str(source["text"]) for source in found)
+        return "\n\n".join(item.passage for item in found)
 
     # -- direct use ---------------------------------------------------------------------------------------------
 
-    def memory(self, session_id: str = "") -> Memory:
-        """Return a session's memory; it may be empty."""
+    def session(self, session_id: str = "") -> LongMemory:
+        """Return what a session remembers; with a ``folder``, what it remembered in earlier processes too."""
         with self._lock:
-            if session_id not in self._memories:
-                self._memories[session_id] = Memory(self.llm.engine.encoder)
-            return self._memories[session_id]
+            if session_id not in self._sessions:
+                place = Path(self.folder) / _folder_of(session_id) if self.folder is not None else None
+                self._sessions[session_id] = LongMemory(place, engine=self.llm.engine)
+            return self._sessions[session_id]
 
     def reader(self, session_id: str = "", **changes: Any) -> FocusLLM:
         """Return a model that reads a session's memory in every call.
@@ -88,38 +86,19 @@ class FocusMemoryBlock(BaseMemoryBlock[str]):
             session_id: that of the LlamaIndex ``Memory``.
             **changes: fields of the model to set, such as ``max_tokens``.
         """
-        return self.llm.with_memory(lambda: self.memory(session_id), **changes)
+        return self.llm.with_memory(lambda: self.session(session_id).memory, **changes)
 
     def remember(self, text: str, session_id: str = "") -> str:
-        """Keep a text.
-
-        Returns:
-            Its id, for :meth:`forget`.
+        """Keep a text and return its id, which is the same for the same text.
 
         Raises:
             ConfigError: the text is empty.
         """
-        if not text.strip():
-            raise ConfigError("there is nothing to remember in an empty text")
-        with self._lock:
-            self._counts[session_id] = self._counts.get(session_id, 0) + 1
-            name = f"memory-{self._counts[session_id]}"
-        self.memory(session_id).add([Document(name, text, {"session_id": session_id})])
-        return name
+        return self.session(session_id).remember(text, metadata={"session_id": session_id})
 
-    def recall(self, question: str, session_id: str = "", top_k: int = 3) -> list[dict[str, Any]]:
-        """Return what a question gives most attention, best first.
-
-        Returns:
-            Dictionaries with ``document_id``, ``score``, ``start``, ``end`` and ``text``.
-        """
-        if not len(self.memory(session_id)):
-            return []
-        reader = self.reader(session_id, max_sources=top_k)
-        found: list[dict[str, Any]] = reader.complete(question, template="question", max_tokens=1).raw["focus"][
-            "sources"
-        ]
-        return found
+    def recall(self, question: str, session_id: str = "", top_k: int = 3) -> list[Recalled]:
+        """Return the texts with most attention for a question, best first."""
+        return self.session(session_id).recall(question, top_k)
 
     def forget(self, memory_id: str, session_id: str = "") -> None:
         """Forget one text.
@@ -127,46 +106,8 @@ class FocusMemoryBlock(BaseMemoryBlock[str]):
         Raises:
             ConfigError: the id is unknown in this session.
         """
-        self.memory(session_id).remove([memory_id])
-
-    # -- persistence --------------------------------------------------------------------------------------------
-
-    def persist(self, persist_dir: str | Path) -> None:
-        """Write all sessions with their chunk KV to a folder; writing again adds only what is new."""
-        folder = Path(persist_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with self._lock:
-            sessions = {name: memory for name, memory in self._memories.items() if len(memory)}
-            for name, memory in sessions.items():
-                memory.save(folder / _folder_of(name))
-            manifest = {"format": FORMAT, "sessions": {name: self._counts.get(name, 0) for name in sessions}}
-        write_atomically(folder / MANIFEST, json.dumps(manifest).encode())
-
-    @classmethod
-    def load(cls, persist_dir: str | Path, llm: FocusLLM, **fields: Any) -> Self:
-        """Read what :meth:`persist` wrote; nothing is computed.
-
-        Args:
-            persist_dir: the folder.
-            llm: the model that read the turns.
-            **fields: of the block.
-
-        Raises:
-            StoreError: there is no block, it is damaged, or it is another model's.
-        """
-        path = Path(persist_dir) / MANIFEST
-        try:
-            manifest = json.loads(path.read_bytes())
-            sessions: dict[str, int] = dict(manifest["sessions"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"no memory block in {persist_dir} ({error}); persist one there first") from error
-        if manifest.get("format") != FORMAT:
-            raise StoreError(f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT}")
-        block = cls(llm=llm, **fields)
-        for name, count in sessions.items():
-            block._memories[name] = llm.engine.load_memory(Path(persist_dir) / _folder_of(name))
-            block._counts[name] = count
-        return block
+        if not self.session(session_id).forget([memory_id]):
+            raise ConfigError(f"nothing is remembered under {memory_id!r}; recall gives the ids that are")
 
 
 def _written(message: ChatMessage) -> str:

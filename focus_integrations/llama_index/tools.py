@@ -31,7 +31,7 @@ def memory_tools(block: FocusMemoryBlock, session_id: str = "", top_k: int = 3) 
     async def recall(question: str) -> str:
         """Find what was remembered about a question. Returns passages with the ids of their memories."""
         found = await asyncio.to_thread(block.recall, question, session_id, top_k)
-        lines = [f"[{source['document_id']}] {source['text']}" for source in found]
+        lines = [f"[{item.document.id}] {item.passage}" for item in found]
         return "\n\n".join(lines) or "Nothing is remembered."
 
     async def forget(memory_id: str) -> str:
