@@ -127,7 +127,7 @@ def test_the_readmes_blocks_run(framework, make_engine, tmp_path, monkeypatch):
     (tmp_path / "contracts").mkdir()
     (tmp_path / "contracts" / "lease.txt").write_text("the cat sat on the mat. " * 40)
     monkeypatch.chdir(tmp_path)
-    engine = make_engine(window=1024, chunk_size=400)
+    engine = make_engine(window=512, chunk_size=320)
     module = importlib.import_module(f"focus_integrations.{framework}.llm")
     monkeypatch.setattr(_engines, "_engines", {(None, None, None, None): engine})
     monkeypatch.setattr(module.FocusLLM.model_fields["max_tokens"], "default", 8)
