@@ -256,18 +256,6 @@ def usage_of(answer: Answer, held: Held) -> dict[str, Any]:
     }
 
 
-def trimmed(pieces: Iterator[str]) -> Iterator[str]:
-    """Yield pieces without the white space at both ends of the whole, so that streams add up to ``answer.text``."""
-    held, begun = "", False
-    for piece in pieces:
-        held += piece if begun else piece.lstrip()
-        ready = held.rstrip()
-        if ready:
-            begun = True
-            held = held[len(ready) :]
-            yield ready
-
-
 def _logprob(engine: FocusEngine, token: Any) -> dict[str, Any]:
     text = engine.tokenizer.decode
     top = [{"token": text([other]), "logprob": logprob} for other, logprob in token.top]

@@ -36,8 +36,9 @@ from focus_core.errors import ConfigError
 from focus_core.generation import check_cancelled
 from focus_integrations import _async
 from focus_integrations._engines import Held
+from focus_integrations._pieces import trimmed
 from focus_integrations.langchain._messages import to_choice, to_messages, to_tools
-from focus_integrations.langchain._model import CAPACITY, CONFIG, PROVIDER, FocusModel, trimmed, usage_of
+from focus_integrations.langchain._model import CAPACITY, CONFIG, PROVIDER, FocusModel, usage_of
 
 _KNOWN = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "strict", "stream")
 

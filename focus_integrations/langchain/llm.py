@@ -23,7 +23,8 @@ from focus_core.engine import Answer, AnswerStream
 from focus_core.generation import check_cancelled
 from focus_integrations import _async
 from focus_integrations._engines import Held
-from focus_integrations.langchain._model import CONFIG, PROVIDER, FocusModel, trimmed, usage_of
+from focus_integrations._pieces import trimmed
+from focus_integrations.langchain._model import CONFIG, PROVIDER, FocusModel, usage_of
 
 _call_options: ContextVar[Mapping[str, Any]] = ContextVar("focusllm_call_options", default=MappingProxyType({}))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -149,18 +149,6 @@ def _document(block: CitableBlock | DocumentBlock) -> Document:
 
 
 # -- out --------------------------------------------------------------------------------------------------------
-
-
-def stripped(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield pieces so that they join to the stripped text."""
-    begun, held = False, ""
-    for piece in pieces:
-        text = held + piece if begun else piece.lstrip()
-        begun = begun or bool(text)
-        kept = text.rstrip()
-        held = text[len(kept) :]
-        if kept:
-            yield kept
 
 
 def blocks_of(text: str, calls: Sequence[ToolCall], citations: Sequence[CitationBlock] = ()) -> list[ContentBlock]:

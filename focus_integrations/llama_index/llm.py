@@ -50,13 +50,13 @@ from focus_core.memory import Memory
 from focus_integrations import _async
 from focus_integrations._documents import to_documents
 from focus_integrations._engines import Held, MemoryHolder, shared_engine
+from focus_integrations._pieces import trimmed
 from focus_integrations.llama_index._messages import (
     blocks_of,
     citations_of,
     logprobs_of,
     raw_of,
     request_name,
-    stripped,
     to_messages,
     to_tool_choice,
     to_tools,
@@ -198,7 +198,7 @@ class FocusLLM(FunctionCallingLLM):
         call = _Call(self, kwargs, cancelled)
         text = ""
         with call.prompt(prompt) as stream:
-            for piece in stripped(stream):
+            for piece in trimmed(stream):
                 text += piece
                 yield CompletionResponse(text=text, delta=piece)
             answer = stream.answer
@@ -249,7 +249,7 @@ class FocusLLM(FunctionCallingLLM):
         parser = ToolCallParser(request_name(turns))
         text = ""
         with call.conversation(turns, documents) as stream:
-            for piece in stripped(_texts(stream, parser if call.tools else None)):
+            for piece in trimmed(_texts(stream, parser if call.tools else None)):
                 text += piece
                 yield ChatResponse(message=_message(blocks_of(text, parser.calls)), delta=piece)
             answer = stream.answer
