@@ -17,7 +17,7 @@ from focus_core.evaluation.cache import ChunkCache
 from focus_core.evaluation.methods import METHODS, parse_method, parse_methods
 from focus_core.evaluation.needles import passkey
 from focus_core.evaluation.retrieval import rank_bm25, rank_minilm
-from focus_core.evaluation.runner import run
+from focus_core.evaluation.runner import run, summarise
 from focus_core.evaluation.trial import Trial
 from focus_core.memory import Memory
 
@@ -186,6 +186,23 @@ def test_metrics_say_what_made_them(make_engine, tmp_path):
     assert facts["torch"] == torch.__version__
     assert set(facts["by_label"]) == {"depth 0.05", "depth 0.15", "depth 0.25"}
     assert facts["interval"] == list(metrics.wilson(facts["right"], 3))
+
+
+def test_a_row_sums_up_its_records():
+    """Counts, means, ranks and labels of three answers and one that did not fit, worked out by hand."""
+    same = {"exact": False, "f1": 0.5, "recall": 1.0, "chunks": 4, "local": 9, "seconds": 2.0}
+    records = [
+        {"label": "a", "right": True, "gold_rank": 1, **same},
+        {"label": "a", "right": False, "gold_rank": 3, **same},
+        {"label": "b", "right": True, "gold_rank": 6, **same, "f1": 1.0},
+        {"label": "b", "skipped": "too long"},
+    ]
+    row = summarise("p", "m", records)
+    assert (row.right, row.trials, row.skipped) == (2, 3, 1)
+    assert row.gold_within == {1: 1 / 3, 3: 2 / 3, 5: 2 / 3}
+    assert row.by_label == {"a": (1, 2), "b": (1, 1)}
+    assert row.f1 == pytest.approx(2 / 3)
+    assert row.interval == metrics.wilson(2, 3)
 
 
 # -- methods ----------------------------------------------------------------------------------------------------

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from focus_core.corpus import Document
 from focus_core.errors import ConfigError
+from focus_core.evaluation import longer
 from focus_core.evaluation.baselines import greedy, prompt_of, whole_text
 from focus_core.evaluation.cache import ChunkCache
 from focus_core.evaluation.longer import stretched_rope
@@ -81,6 +82,20 @@ def test_streaming_sees_sinks_and_the_latest_tokens(make_engine, block):
     assert len(ids) > 3 * window
     expected = greedy(engine, seen, tokens)
     assert answer(f"streaming:window={window}:block={block}", engine, trial, tokens) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_kept_keys_move_to_their_new_places(make_engine, family):
+    """After dropping, keys and values are those of the sinks and the last tokens read as one row."""
+    engine = make_engine(family, model=tiny_model(family, layers=1))
+    ids = list(range(20, 70))
+    kept = DynamicCache()
+    longer._read_block(engine, kept, ids)
+    longer._drop_oldest(engine, kept, 4, 30)
+    expected = DynamicCache()
+    longer._read_block(engine, expected, [*ids[:4], *ids[-26:]])
+    torch.testing.assert_close(kept.layers[0].keys, expected.layers[0].keys, atol=1e-5, rtol=1e-4)
+    assert torch.equal(kept.layers[0].values, expected.layers[0].values)
 
 
 def test_what_does_not_fit_is_said(make_engine, tmp_path):

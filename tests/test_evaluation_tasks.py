@@ -252,11 +252,14 @@ def test_questions_have_one_gold_document(options, tmp_path, name):
         else {"question": f"who is {index}?", "answers": [who], "title": f"T_{index}", "context": f"It is {who}."}
         for index, who in enumerate(people)
     ]
+    telling = " and ".join(people)  # a document that holds everybody's answer can be nobody's distractor
+    rows.append({"question": "who is 8?", "answers": ["Ida"], "ctxs": [{"title": "T", "text": f"{telling} and Ida."}]})
+    people.append("Ida")
     rows.append({"question": "impossible?", "answers": [], "title": "T", "context": "Nothing."})
     file = tmp_path / "questions.jsonl.gz"
     file.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     trials = make(name, replace(options, file=file, documents=4, tokens=60, trials=50))
-    assert len(trials) == 8
+    assert len(trials) == 9
     places = set()
     for trial in trials:
         holding = [document.id for document in trial.documents if trial.answers[0] in document.text]
@@ -265,7 +268,7 @@ def test_questions_have_one_gold_document(options, tmp_path, name):
         index = people.index(trial.answers[0])
         assert trial.question == f"who is {index}?"
         gold = next(document.text for document in trial.documents if document.id == trial.gold)
-        assert gold == f"T {index}\nIt is {trial.answers[0]}."
+        assert gold == (f"T {index}\nIt is {trial.answers[0]}." if index < 8 else f"T\n{telling} and Ida.")
         places.add(trial.gold)
     assert len(places) > 1
     assert [trial.fingerprint for trial in trials] == [
