@@ -140,6 +140,8 @@ def test_with_memory_reads_the_memory_of_the_moment(engine):
     held["memory"] = engine.remember([Document("b", REPETITIVE)])
     assert [source["document_id"] for source in llm.complete("who?").raw["focus"]["sources"]] == ["b"]
     assert base.complete("who?").raw["focus"]["chunks"] == 0
+    small = base.with_memory(lambda: None, context_window=77)
+    assert base.metadata.context_window != small.metadata.context_window == 77
 
 
 # -- content blocks ---------------------------------------------------------------------------------------------

@@ -153,6 +153,7 @@ class FocusLLM(FunctionCallingLLM):
         """
         copy = self.model_copy(update=changes)
         copy._engine, copy._source = self.engine, memory
+        copy._capacity = None if "context_window" in changes else self._capacity
         return copy
 
     def get_num_tokens(self, text: str) -> int:
