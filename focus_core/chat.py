@@ -208,7 +208,7 @@ You may call functions. Their signatures, one JSON object a line:
 
 To call a function, write its name and arguments as a JSON object, and nothing after it:
 <tool_call>
-{{"name": "function name", "arguments": {{"parameter": "value"}}}}
+{{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
 
 
