@@ -161,12 +161,18 @@ def tool_calls(
         json_schema(schema, max_string=max_string, max_items=max_items)
 
     def source(lenient: bool) -> str:
-        wanted = [{"type": "object", **tool.parameters} for tool in chosen]
+        wanted = [_closed(tool.parameters) for tool in chosen]
         schemas = [_prepared(one, max_string, max_items, lenient) for one in wanted]
         answer = None if schema is None else _prepared(schema, max_string, max_items, lenient)
         return _calls_source([tool.name for tool in chosen], schemas, choice == "auto", parallel, answer)
 
     return _checked(source, f"tools {', '.join(names)}")
+
+
+def _closed(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Let a function without parameters be called with none: JSON schema alone would allow any."""
+    none = {"additionalProperties": False} if parameters.get("properties") == {} else {}
+    return {"type": "object", **none, **parameters}
 
 
 def _calls_source(names: Sequence[str], schemas: Sequence[Any], optional: bool, parallel: bool, answer: Any) -> str:

@@ -227,6 +227,7 @@ class LLMConformance:
 
         done = llm.predict_and_call([FunctionTool.from_defaults(now)], "x", tool_required=True, **self.tool_kwargs)
         assert str(done) == "noon"
+        assert done.sources[0].raw_input["kwargs"] == {}
 
     # -- structured output --------------------------------------------------------------------------------------
 
