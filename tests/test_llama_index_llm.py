@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import pickle
 import re
 
@@ -51,6 +52,7 @@ class TestTinyModel(LLMConformance):
 
 
 @pytest.mark.real
+@pytest.mark.skipif(not os.environ.get("FOCUSLLM_REAL_SUITE"), reason="slow; set FOCUSLLM_REAL_SUITE=1 to run it")
 class TestDefaultModel(LLMConformance):
     """Promises on the default base, without the ones that only take longer there."""
 
