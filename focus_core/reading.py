@@ -114,8 +114,8 @@ class Reading:
         previous = torch.tensor([self.ids[-1]])
         self.ids.append(token)
         self.local.append(token)
-        whole = [*sink_before(self.local, self.sink), *self.local]
-        return self._sweep(previous, [token] if self.focus.local_mode == "incremental" else whole, self._calls())
+        local = [token] if self.focus.local_mode == "incremental" else self._local_row()
+        return self._sweep(previous, local, self._calls())
 
     def reread(self, chunks: Sequence[int], separator: Sequence[int] = ()) -> Tensor | None:
         """Put whole chunks in front of the local context and read it again, with the same candidates.
@@ -143,8 +143,11 @@ class Reading:
         passages = [token for index in sorted(kept) for token in (*self.state.chunks[index].ids, *separator)]
         self.reread_tokens = len(passages)
         self.local, self._cache = [*passages, *self.ids], None
-        rows = [*sink_before(self.local, self.sink), *self.local]
-        return self._sweep(torch.empty(0, dtype=torch.long), rows, self._calls())
+        return self._sweep(torch.empty(0, dtype=torch.long), self._local_row(), self._calls())
+
+    def _local_row(self) -> list[int]:
+        """Return the whole local context as the base reads it, its sink included."""
+        return [*sink_before(self.local, self.sink), *self.local]
 
     def _calls(self) -> list[list[ChunkRows]]:
         if self.chunks_per_batch is not None:
