@@ -17,7 +17,6 @@ from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
 from focus_core.memory import Memory
 from focus_core.parallel import encode_chunks
-from focus_core.reading import Reading
 
 _QUESTION = "What is the pass key?"
 
@@ -131,30 +130,23 @@ def _injection(engine: FocusEngine, setting: Setting) -> Line:
     question = engine.local_ids(_QUESTION)
 
     def begin(size: int | None) -> None:
-        _reading(engine, memory, 1, size).begin(question)
+        engine.reading(memory.state, max_tokens=1, chunks_per_batch=size).begin(question)
 
     batched, single = _interleaved(lambda: begin(None), lambda: begin(1), max(1, setting.steps // 4))
-    return Line(
-        f"injection of {len(question)} tokens behind {len(memory)} chunks of {setting.chunk_size}",
-        f"one batch {batched * 1e3:,.0f} ms",
-        f"one chunk at a time {single * 1e3:,.0f} ms",
-        single / batched,
-    )
+    measure = f"injection of {len(question)} tokens behind {len(memory)} chunks of {setting.chunk_size}"
+    return _batched_line(measure, batched, single)
 
 
 def _step(engine: FocusEngine, setting: Setting) -> Line:
     memory = _filled(engine, setting)
     question = engine.local_ids(_QUESTION)
-    readings = [_reading(engine, memory, 4 * setting.steps + 8, size) for size in (None, 1)]
+    most = 4 * setting.steps + 8
+    readings = [engine.reading(memory.state, max_tokens=most, chunks_per_batch=size) for size in (None, 1)]
     for reading in readings:
         reading.begin(question)
     batched, single = _interleaved(lambda: readings[0].step(30), lambda: readings[1].step(30), setting.steps)
-    return Line(
-        f"decoding step over {len(memory)} chunks of {setting.chunk_size}",
-        f"one batch {batched * 1e3:,.0f} ms",
-        f"one chunk at a time {single * 1e3:,.0f} ms",
-        single / batched,
-    )
+    measure = f"decoding step over {len(memory)} chunks of {setting.chunk_size}"
+    return _batched_line(measure, batched, single)
 
 
 MEASURES: dict[str, Measure] = {
@@ -165,8 +157,11 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-def _reading(engine: FocusEngine, memory: Memory, max_tokens: int, size: int | None) -> Reading:
-    return engine.reading(memory.state, max_tokens=max_tokens, chunks_per_batch=size)
+def _batched_line(measure: str, batched: float, single: float) -> Line:
+    """Compare seconds of all chunks in one batch with seconds of one chunk at a time."""
+    return Line(
+        measure, f"one batch {batched * 1e3:,.0f} ms", f"one chunk at a time {single * 1e3:,.0f} ms", single / batched
+    )
 
 
 def _filled(engine: FocusEngine, setting: Setting) -> Memory:
