@@ -2,7 +2,7 @@
 
     python examples/langchain_agent.py
 
-Needs ``pip install 'focusllm[langchain-agents]'``. The default model is small: tool calls are always well formed, but
+Needs ``pip install '.[langchain-agents]'``. The default model is small: tool calls are always well formed, but
 whether the right one is chosen is up to it. Watch what the memory holds.
 """
 
