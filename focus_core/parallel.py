@@ -187,7 +187,7 @@ class ChunkRows:
             return query.new_zeros(1, query.shape[2], query.shape[1], query.shape[3])
 
         ordinary_rows = split // count
-        rows = torch.cat([_by_chunk(query[:, :, :split], count), _by_chunk(query[:, :, split:], count)], dim=2)
+        rows = torch.cat([by_chunk(query[:, :, :split], count), by_chunk(query[:, :, split:], count)], dim=2)
         parts = [
             attend(
                 rows,
@@ -199,24 +199,24 @@ class ChunkRows:
             )
         ]
         suffix_key, suffix_value = self.suffix.write(
-            layer, _by_chunk(key[:, :, :split], count), _by_chunk(value[:, :, :split], count)
+            layer, by_chunk(key[:, :, :split], count), by_chunk(value[:, :, :split], count)
         )
         if suffix_key.shape[2]:
             parts.append(attend(rows, suffix_key, suffix_value, scale, softcap=softcap, bias=self._suffix_bias))
         seen = merge(parts)
         if not targets:
-            return _packed(seen.out)
+            return packed_rows(seen.out)
         ordinary = seen.out[:, :, :ordinary_rows]
         own = attend_self(
             rows[:, :, ordinary_rows:],
-            _by_chunk(candidate_key, count),
-            _by_chunk(candidate_value, count),
+            by_chunk(candidate_key, count),
+            by_chunk(candidate_value, count),
             scale,
             softcap=softcap,
         )
         before = Part(seen.out[:, :, ordinary_rows:], seen.lse[:, :, ordinary_rows:])
         candidate = merge([before, own]).out
-        return torch.cat([_packed(ordinary), _packed(candidate)], dim=1)
+        return torch.cat([packed_rows(ordinary), packed_rows(candidate)], dim=1)
 
 
 class LocalCache(GrowingKV):
@@ -444,13 +444,13 @@ def check_room(base: BaseDecoder, chunks: int, positions: Positions, local_rows:
         )
 
 
-def _by_chunk(packed: Tensor, chunks: int) -> Tensor:
+def by_chunk(packed: Tensor, chunks: int) -> Tensor:
     """(1, heads, chunks * rows, head_dim) -> (chunks, heads, rows, head_dim)."""
     _, heads, rows, dim = packed.shape
     return packed.reshape(heads, chunks, rows // chunks, dim).transpose(0, 1)
 
 
-def _packed(out: Tensor) -> Tensor:
+def packed_rows(out: Tensor) -> Tensor:
     """(chunks, heads, rows, head_dim) -> (1, chunks * rows, heads, head_dim)."""
     chunks, heads, rows, dim = out.shape
     return out.transpose(1, 2).reshape(1, chunks * rows, heads, dim)

@@ -20,8 +20,9 @@ from focus_core.candidate import CandidateAdapter
 from focus_core.config import Positions, TeacherMemory
 from focus_core.errors import ConfigError
 from focus_core.families import BaseDecoder
-from focus_core.kv import ChunkBatch, Suffix
-from focus_core.parallel import PLAIN, ChunkRows, LocalRows, Scoring, encode_chunks, local_start, sink_before, sweep
+from focus_core.kv import ChunkBatch
+from focus_core.parallel import PLAIN, Scoring, encode_chunks, sink_before
+from focus_core.training.packed import PackedExample, Row, inject, run
 
 
 @dataclass(frozen=True)
@@ -120,32 +121,30 @@ def dense_logits(
         One (n - s, vocabulary) float32 tensor a task: row t predicts token s + t from the candidates made at token
         s + t - 1.
     """
-    none = torch.empty(0, dtype=torch.long)
-    ids = [torch.tensor(task.query.ids) for task in tasks]
-    suffixes = [Suffix(task.chunks, len(tokens)) for task, tokens in zip(tasks, ids, strict=True)]
-    with torch.no_grad():
-        before = [
-            ChunkRows(task.chunks, suffix, range(task.chunks.size), task.chunks.size, ordinary, none, none)
-            for task, suffix, ordinary in (
-                (task, suffix, tokens[task.query.injected_from : -2])
-                for task, suffix, tokens in zip(tasks, suffixes, ids, strict=True)
-            )
-        ]
-        sweep(base, adapter, [before], (), positions)
-    groups, locals_ = [], []
-    for task, suffix, tokens in zip(tasks, suffixes, ids, strict=True):
-        split, count = task.query.split, task.chunks.size
-        visible = torch.arange(split - 1, len(tokens) - 1) - task.query.injected_from
-        group = ChunkRows(task.chunks, suffix, range(count), count, none, tokens[split - 1 : -1], visible)
-        head = torch.tensor(sink_before(task.query.ids, sink), dtype=torch.long)
-        start = local_start(count, positions)
-        groups.append(group)
-        rows = torch.cat([head, tokens[:-1]])
-        locals_.append(LocalRows(rows, start, None, [group], shared_rows=len(head) + split, scoring=scoring))
-    hidden = sweep(base, adapter, [groups], locals_, positions)
-    return [
-        base.logits(states[:, -task.query.targets :])[0].float() for states, task in zip(hidden, tasks, strict=True)
+    by_chunks: dict[int, list[int]] = {}
+    for index, task in enumerate(tasks):
+        by_chunks.setdefault(id(task.chunks), []).append(index)
+    order = [index for indices in by_chunks.values() for index in indices]
+    examples = [
+        PackedExample(base, tasks[indices[0]].chunks, [_rows(tasks[index].query, sink) for index in indices], positions)
+        for indices in by_chunks.values()
     ]
+    inject(base, examples)
+    states = dict(zip(order, run(base, adapter, examples, scoring), strict=True))
+    targets = [task.query.targets for task in tasks]
+    last = torch.cat([states[index][0, -count:] for index, count in enumerate(targets)])
+    return list(torch.split(base.logits(last.unsqueeze(0))[0].float(), targets))
+
+
+def _rows(query: Query, sink: int | None) -> Row:
+    ids, head = list(query.ids), sink_before(query.ids, sink)
+    return Row(
+        ordinary=ids[query.injected_from : -2],
+        candidates=ids[query.split - 1 : -1],
+        visible=query.split - 1 - query.injected_from,
+        local=[*head, *ids[:-1]],
+        shared_rows=len(head) + query.split,
+    )
 
 
 def dense_losses(

@@ -1,0 +1,299 @@
+"""Run the rows of many training examples through the layers together.
+
+What :mod:`focus_core.parallel` computes for one decoding step, for all targets of all local contexts of a step at once:
+projections and MLPs see one packed sequence, attention runs example by example with the example's local contexts side
+by side. Padding exists inside attention only. Nothing here draws data or computes a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from focus_core.attention import HIDDEN, Part, attend, attend_causal, attend_self, attend_top, merge
+from focus_core.candidate import CandidateAdapter
+from focus_core.config import Positions
+from focus_core.families import BaseDecoder
+from focus_core.kv import ChunkBatch, move_keys, rotation
+from focus_core.parallel import Scoring, by_chunk, candidate_positions, local_start, packed_rows
+
+
+class Row(NamedTuple):
+    """What one local context runs.
+
+    Args:
+        ordinary: ids that run behind every chunk as ordinary tokens.
+        candidates: (T,) ids that run behind every chunk as candidates.
+        visible: ordinary tokens that the first candidate sees; each later one sees one more.
+        local: ids of the local rows.
+        shared_rows: local rows that see candidate set 0; each later one sees the next set.
+    """
+
+    ordinary: Sequence[int]
+    candidates: Sequence[int]
+    visible: int
+    local: Sequence[int]
+    shared_rows: int
+
+
+class _Padding:
+    """Where rows of different lengths lie when they stand side by side in one tensor, and back."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.count, self.longest = len(lengths), max(lengths)
+        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+        within = torch.arange(self.longest)
+        last = torch.tensor(lengths)[:, None] - 1
+        # padding repeats the last row of its own sequence; of an empty one, any row
+        self._in = (starts[:, None] + torch.minimum(within[None, :], last).clamp(min=0)).flatten()
+        self._in = self._in.clamp(max=sum(lengths) - 1).to(device)
+        out = [index * self.longest + torch.arange(length) for index, length in enumerate(lengths)]
+        self._out = torch.cat(out).to(device)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(batch, heads, sum of lengths, head_dim) -> (batch * count, heads, longest, head_dim)."""
+        batch, heads, _, dim = packed.shape
+        side = packed.index_select(2, self._in).reshape(batch, heads, self.count, self.longest, dim)
+        return side.transpose(1, 2).reshape(batch * self.count, heads, self.longest, dim)
+
+    def unpad(self, part: Part, batch: int) -> Part:
+        """Undo :meth:`pad` for ``batch`` sequences of rows."""
+        heads, dim = part.out.shape[1], part.out.shape[3]
+        out = part.out.reshape(batch, self.count, heads, self.longest, dim).transpose(1, 2)
+        lse = part.lse.reshape(batch, self.count, heads, self.longest).transpose(1, 2)
+        return Part(
+            out.reshape(batch, heads, -1, dim).index_select(2, self._out),
+            lse.reshape(batch, heads, -1).index_select(2, self._out),
+        )
+
+
+class PackedExample:
+    """One example's chunks with the rows of all its local contexts.
+
+    Args:
+        chunks: chunk KV, read only.
+        rows: one item a local context.
+    """
+
+    def __init__(self, base: BaseDecoder, chunks: ChunkBatch, rows: Sequence[Row], positions: Positions) -> None:
+        self.chunks, self.rows = chunks, rows
+        self._device = base.device
+        count = chunks.size
+        self.chunk_bias = chunks.bias()
+        ends = torch.tensor(chunks.lengths)[:, None]
+
+        # 1) ordinary rows: chunk by chunk, in each one local context after the other
+        injected = [len(row.ordinary) for row in rows]
+        self.ordinary_ids = torch.tensor([token for row in rows for token in row.ordinary] * count, dtype=torch.long)
+        within = torch.cat([torch.arange(length) for length in injected])
+        self.ordinary_positions = (ends + within).flatten()
+        self.injected = _Padding(injected, self._device) if any(injected) else None
+        self.suffix: list[tuple[Tensor, Tensor]] = []
+
+        # 2) candidates, in the same order
+        targets = [len(row.candidates) for row in rows]
+        self.candidate_ids = torch.tensor([token for row in rows for token in row.candidates] * count)
+        visible = torch.cat([row.visible + torch.arange(len(row.candidates)) for row in rows])
+        self.candidate_positions = (ends + visible).flatten()
+        self.asked = _Padding(targets, self._device)
+        self.suffix_bias = self._suffix_bias()
+        self.turn = None
+        if base.rotary:
+            there = torch.tensor(list(candidate_positions(count, positions)))[:, None]
+            delta = (there - self.candidate_positions.reshape(count, -1)).flatten().to(self._device)
+            self.turn = rotation(base.inverse_frequencies.to(self._device), delta)
+
+        # 3) local rows; each sees one candidate set
+        lengths = [len(row.local) for row in rows]
+        start = local_start(count, positions)
+        self.local_ids = torch.tensor([token for row in rows for token in row.local])
+        self.local_positions = torch.cat([start + torch.arange(length) for length in lengths])
+        self.locals = _Padding(lengths, self._device)
+        self._index_sets(lengths, targets)
+
+    def _suffix_bias(self) -> Tensor | None:
+        """(chunks * rows, 1, targets, ordinary): which ordinary tokens a candidate sees."""
+        if self.injected is None:
+            return None
+        seen = torch.tensor([row.visible for row in self.rows])[:, None] + torch.arange(self.asked.longest)
+        hidden = torch.arange(self.injected.longest) >= seen[:, :, None]
+        bias = torch.zeros(hidden.shape).masked_fill_(hidden, HIDDEN).to(self._device)[:, None]
+        return bias.repeat(self.chunks.size, 1, 1, 1)
+
+    def _index_sets(self, lengths: Sequence[int], targets: Sequence[int]) -> None:
+        """Find each local row's candidate set: first sets for padded rows, then later sets row by row."""
+        first_sets: list[int] = []
+        later_sets: list[int] = []
+        later_rows: list[int] = []
+        places: list[int] = []
+        row_start = set_start = later = 0
+        for number, (row, length, count) in enumerate(zip(self.rows, lengths, targets, strict=True)):
+            first_sets.append(set_start)
+            later_sets += range(set_start + 1, set_start + count)
+            later_rows += range(row_start + row.shared_rows, row_start + length)
+            places += [number * self.locals.longest + index for index in range(row.shared_rows)]
+            places += [len(lengths) * self.locals.longest + later + index for index in range(count - 1)]
+            row_start, set_start, later = row_start + length, set_start + count, later + count - 1
+        self.first_sets, self.later_sets, self.later_rows, self.places = (
+            torch.tensor(values, dtype=torch.long, device=self._device)
+            for values in (first_sets, later_sets, later_rows, places)
+        )
+
+    # -- attention ----------------------------------------------------------------------------------------------
+
+    def attend_ordinary(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """Attend ordinary rows to their chunk and to those before them; keep their K and V.
+
+        Args:
+            layer: layer number.
+            query: (1, heads, chunks * rows, head_dim).
+            key: (1, kv_heads, chunks * rows, head_dim).
+            value: like ``key``.
+            scale: of the scores.
+            softcap: of the scores.
+
+        Returns:
+            (1, chunks * rows, heads, head_dim).
+        """
+        assert self.injected is not None
+        query, key, value = (by_chunk(tensor, self.chunks.size) for tensor in (query, key, value))
+        padded = [self.injected.pad(tensor) for tensor in (query, key, value)]
+        self.suffix.append((padded[1], padded[2]))
+        among = attend_causal(padded[0], padded[1], padded[2], scale, softcap=softcap)
+        seen = merge([self._attend_chunk(layer, query, scale, softcap), self.injected.unpad(among, self.chunks.size)])
+        return packed_rows(seen.out)
+
+    def attend_candidates(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """Attend candidates to chunk, ordinary tokens before them and themselves; keep what local rows see of them."""
+        moved = move_keys(key, self.turn)
+        self.keys, self.values = (
+            by_chunk(tensor, self.chunks.size).permute(2, 1, 0, 3) for tensor in (moved, value)
+        )  # (sets, kv_heads, chunks, head_dim)
+        if layer == self.chunks.data.shape[0]:  # the base's last layer
+            return query.new_zeros(1, query.shape[2], query.shape[1], query.shape[3])
+        query, key, value = (by_chunk(tensor, self.chunks.size) for tensor in (query, key, value))
+        parts = [self._attend_chunk(layer, query, scale, softcap)]
+        if self.injected is not None:
+            suffix = attend(self.asked.pad(query), *self.suffix[layer], scale, softcap=softcap, bias=self.suffix_bias)
+            parts.append(self.asked.unpad(suffix, self.chunks.size))
+        parts.append(attend_self(query, key, value, scale, softcap=softcap))
+        return packed_rows(merge(parts).out)
+
+    def attend_local(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, scoring: Scoring
+    ) -> Tensor:
+        """Attend local rows to those before them and to the candidates of their step."""
+        padded = [self.locals.pad(tensor) for tensor in (query, key, value)]
+        local = self.locals.unpad(attend_causal(padded[0], padded[1], padded[2], scale, softcap=softcap), 1)
+        top = scoring.top or self.chunks.size
+        first = attend_top(
+            padded[0], self.keys[self.first_sets], self.values[self.first_sets], scale, top, softcap=softcap
+        )
+        out, lse = (_flat(first.out), _flat(first.lse))  # (heads, rows, ...)
+        if len(self.later_rows):
+            rows = query[0].index_select(1, self.later_rows).transpose(0, 1).unsqueeze(2)
+            keys, values = self.keys[self.later_sets], self.values[self.later_sets]
+            later = attend_top(rows, keys, values, scale, top, softcap=softcap)
+            out, lse = torch.cat([out, _flat(later.out)], dim=1), torch.cat([lse, _flat(later.lse)], dim=1)
+        lowered = scoring.lowered(self.chunks.size)
+        candidates = Part(
+            out.index_select(1, self.places).unsqueeze(0), lse.index_select(1, self.places).unsqueeze(0) - lowered
+        )
+        return merge([local, candidates]).out.transpose(1, 2)
+
+    def _attend_chunk(self, layer: int, query: Tensor, scale: float, softcap: float | None) -> Part:
+        keys, values = self.chunks.data[layer, 0], self.chunks.data[layer, 1]
+        return attend(query, keys, values, scale, softcap=softcap, bias=self.chunk_bias)
+
+
+@torch.no_grad()
+def inject(base: BaseDecoder, examples: Sequence[PackedExample]) -> None:
+    """Run the ordinary rows of all examples through all layers but the last; their K and V stay in the examples."""
+    examples = [example for example in examples if example.injected is not None]
+    if not examples:
+        return
+    hidden, rope, sizes = _embedded(
+        base,
+        [example.ordinary_ids for example in examples],
+        [example.ordinary_positions for example in examples],
+    )
+
+    def attend_all(
+        layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        blocks = zip(*(torch.split(tensor, sizes, dim=2) for tensor in (query, key, value)), strict=True)
+        return torch.cat(
+            [
+                example.attend_ordinary(layer, q, k, v, scale, softcap)
+                for example, (q, k, v) in zip(examples, blocks, strict=True)
+            ],
+            dim=1,
+        )
+
+    with base.own_attention():
+        for layer in range(base.num_layers - 1):
+            hidden = base.run_layer(layer, hidden, rope, attend_all)
+
+
+def run(
+    base: BaseDecoder, adapter: CandidateAdapter, examples: Sequence[PackedExample], scoring: Scoring
+) -> list[Tensor]:
+    """Run candidates and local rows of all examples; gradients flow into the candidate projections.
+
+    Args:
+        base: the frozen decoder.
+        adapter: its candidate projections.
+        examples: after :func:`inject`.
+        scoring: of the candidates.
+
+    Returns:
+        Last-layer states of every local context, example by example, each (1, rows, hidden).
+    """
+    hidden, rope, sizes = _embedded(
+        base,
+        [example.local_ids for example in examples] + [example.candidate_ids for example in examples],
+        [example.local_positions for example in examples] + [example.candidate_positions for example in examples],
+    )
+    count, start = len(examples), sum(sizes[: len(examples)])
+
+    def attend_all(
+        layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        blocks = list(zip(*(torch.split(tensor, sizes, dim=2) for tensor in (query, key, value)), strict=True))
+        candidates = [
+            example.attend_candidates(layer, q, k, v, scale, softcap)
+            for example, (q, k, v) in zip(examples, blocks[count:], strict=True)
+        ]
+        locals_ = [
+            example.attend_local(q, k, v, scale, softcap, scoring)
+            for example, (q, k, v) in zip(examples, blocks[:count], strict=True)
+        ]
+        return torch.cat([*locals_, *candidates], dim=1)
+
+    with base.own_attention():
+        for layer in range(base.num_layers):
+            with adapter.rows.starting_at(start):
+                hidden = base.run_layer(layer, hidden, rope, attend_all)
+    lengths = [len(row.local) for example in examples for row in example.rows]
+    return list(torch.split(hidden[:, :start], lengths, dim=1))
+
+
+def _embedded(
+    base: BaseDecoder, ids: list[Tensor], positions: list[Tensor]
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, list[int]]:
+    """Return embedded rows (1, rows, hidden), their rotary tables, and how many rows each block has."""
+    packed, places = torch.cat(ids).unsqueeze(0).to(base.device), torch.cat(positions).unsqueeze(0).to(base.device)
+    hidden = base.embed(packed, places)
+    return hidden, base.rope(hidden, places), [len(block) for block in ids]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """(batch, heads, rows, ...) -> (heads, batch * rows, ...)."""
+    return tensor.transpose(0, 1).flatten(1, 2)
