@@ -144,7 +144,7 @@ class DecodeConfig(_Json):
 Schedule = Literal["linear", "cosine"]
 Objective = Literal["dense", "one_target"]
 TeacherMemory = Literal["all", "gold"]
-OBJECTIVES = ("reconstruction", "continuation", "question", "needle")
+OBJECTIVES = ("reconstruction", "continuation", "question", "cloze", "needle")
 _STAGED = (
     *("mix", "chunk_sizes", "question_chunk_sizes", "max_chunks", "max_memory_tokens", "local_tokens"),
     *("prompt_lengths", "max_candidate_rows", "questions_per_example", "hard_negatives", "fill_chunks"),

@@ -164,7 +164,7 @@ def test_stages_change_what_is_drawn(texts, tokenizer):
         ({"stages": ({"until": 0.5, "steps": 4},)}, "a stage cannot change steps"),
         ({"stages": ({"until": 0.5}, {"until": 0.5})}, "rising `until`"),
         ({"stages": ({"until": 0.5, "max_chunks": 0},)}, "max_chunks must be at least 1; got 0"),
-        ({"mix": {"cloze": 1.0}}, "mix knows .*; got 'cloze'"),
+        ({"mix": {"riddle": 1.0}}, "mix knows .*; got 'riddle'"),
         ({"distillation": {"question": -1.0}}, r"distillation\['question'\] must be at least 0.0; got -1.0"),
         ({"mix": {}}, "mix must hold weights"),
         ({"prompt_lengths": (0,)}, "prompt_lengths must hold positive"),

@@ -1,8 +1,9 @@
 """Draw training examples from texts, reproducibly: example i of step n depends on the seed alone.
 
 Text objectives cut memory and local context from long texts, the question objective puts a question's own passage among
-others, some of them alike, and the needle objective hides invented facts. Sizes follow the settings of the step. The
-module reads no file and runs no model; it hands out :class:`~focus_core.training.objectives.Example`.
+others, some of them alike, the cloze objective does so with questions made from passages, and the needle objective
+hides invented facts. Sizes follow the settings of the step. The module reads no file and runs no model; it hands out
+:class:`~focus_core.training.objectives.Example`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Protocol
 
 from focus_core.config import TrainConfig
 from focus_core.errors import EmptyCorpusError
+from focus_core.training.cloze import ask_about
 from focus_core.training.facts import Fact, invent_facts
 from focus_core.training.nearby import PassageIndex
 from focus_core.training.objectives import Example, Query
-from focus_core.training.texts import LONG_TEXT, QuestionRow, TrainingTexts, read_training_texts
+from focus_core.training.texts import LONG_TEXT, Passage, QuestionRow, TrainingTexts, read_training_texts
 
 __all__ = ["SHORT_ANSWER", "SYSTEM", "ExampleStream", "invent_facts", "read_training_texts"]
 
@@ -59,8 +61,9 @@ class ExampleStream:
         others: Sequence[QuestionRow] | None = None,
     ) -> None:
         self.tokenizer, self.config = tokenizer, config
-        self.questions = texts.questions
-        self.others = _Others(texts.questions if others is None else others)
+        self.questions, self.passages = texts.questions, texts.passages
+        untold = [QuestionRow("", (), passage.title, passage.text) for passage in texts.passages]
+        self.others = _Others([*(texts.questions if others is None else others), *untold])
         self.long = [text for text in texts.texts if len(text) >= LONG_TEXT]
         self._sizes = [len(text) ** 0.5 for text in self.long]
         self._mix(config)
@@ -76,8 +79,8 @@ class ExampleStream:
     def _draw(self, rng: random.Random, config: TrainConfig) -> Example:
         mix = self._mix(config)
         kind = rng.choices(list(mix), weights=list(mix.values()))[0]
-        if kind == "question":
-            example = self._question(rng, config)
+        if kind in ("question", "cloze"):
+            example = self._question(rng, config, kind)
         elif kind == "needle":
             example = self._needle(rng, config)
         else:
@@ -91,7 +94,7 @@ class ExampleStream:
 
     def _mix(self, config: TrainConfig) -> dict[str, float]:
         """Return the weights of the objectives that the data can serve."""
-        served = {"question": self.questions}
+        served: dict[str, Sequence[object]] = {"question": self.questions, "cloze": self.passages or self.long}
         mix = {kind: weight if served.get(kind, self.long) else 0.0 for kind, weight in config.mix.items()}
         if sum(mix.values()) <= 0:
             raise EmptyCorpusError(
@@ -139,11 +142,17 @@ class ExampleStream:
 
     # -- questions ----------------------------------------------------------------------------------------------
 
-    def _question(self, rng: random.Random, config: TrainConfig) -> Example:
+    def _question(self, rng: random.Random, config: TrainConfig, kind: str) -> Example:
         """Questions over documents, one document a chunk; each question's own document is among them."""
         size = rng.choice(config.question_chunk_sizes)
         count = _log_uniform(rng, 2, max(2, _most_chunks(config, size)))
-        asked = rng.sample(self.questions, min(config.questions_per_example, count, len(self.questions)))
+        wanted = min(config.questions_per_example, count)
+        if kind == "cloze":
+            asked = self._made_questions(rng, wanted)
+        else:
+            asked = rng.sample(self.questions, min(wanted, len(self.questions)))
+        if not asked:
+            return self._text(rng, config, "reconstruction")
         chunks = [self._gold(rng, row, asked, size, config) for row in asked]
         negatives = self.others.draw(rng, asked, count - len(chunks), config.hard_negatives)
         chunks += [self._passage(rng, row, size, keep=False) for row in negatives]
@@ -155,7 +164,27 @@ class ExampleStream:
             replace(self._chat_query(rng, row.question, row.answers[0], budget, short=short), gold=(order.index(own),))
             for own, row in enumerate(asked)
         ]
-        return Example(tuple(map(tuple, chunks)), tuple(queries), "question")
+        return Example(tuple(map(tuple, chunks)), tuple(queries), kind)
+
+    def _made_questions(self, rng: random.Random, count: int) -> list[QuestionRow]:
+        """Make questions about passages, and about paragraphs of long texts."""
+        made: dict[str, QuestionRow] = {}
+        for _ in range(8 * count):
+            if len(made) == count:
+                break
+            listed = self.passages and (not self.long or rng.random() < 0.75)
+            row = ask_about(rng, rng.choice(self.passages) if listed else self._paragraph(rng))
+            if row is not None:
+                made.setdefault(row.context, row)
+        return list(made.values())
+
+    def _paragraph(self, rng: random.Random) -> Passage:
+        """Cut some whole sentences out of a long text."""
+        text = rng.choices(self.long, weights=self._sizes)[0]
+        start = rng.randrange(max(1, len(text) - 1200))
+        piece = text[start : start + 1200]
+        sentences = re.split(r"(?<=[.!?])\s+", piece)[1:-1]
+        return Passage("", " ".join(sentences)[:600])
 
     def _chat_query(self, rng: random.Random, question: str, answer: str, most_targets: int, *, short: bool) -> Query:
         given = self.tokenizer.chat(f"{question}\n{SHORT_ANSWER}" if short else question, SYSTEM)

@@ -1,9 +1,10 @@
 """Read training files into long texts and question rows.
 
-Files may be plain text or JSON lines, gzipped or not. Rows with ``text`` are long texts; rows with a ``question``, its
-``answers`` and a ``context`` (or ``ctxs``) are question rows; rows with a ``prompt`` and its ``completion`` become
-question rows where the prompt shows a passage that contains the completion. The module draws nothing and runs no model;
-what a file cannot give is left out silently, an empty result is an error.
+Files may be plain text or JSON lines, gzipped or not. Rows with ``text`` are long texts, or passages where they are
+short; rows with a ``question``, its ``answers`` and a ``context`` (or ``ctxs``) are question rows; rows with a
+``prompt`` and its ``completion`` become question rows where the prompt shows a passage with the completion, and
+passages where it lists paragraphs. The module draws nothing and runs no model; what a file cannot give is left out
+silently, an empty result is an error.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from focus_core.errors import DocumentNotFoundError, EmptyCorpusError
 
 _SUFFIXES = (".txt", ".jsonl", ".md", ".py", ".rst", ".tex")
 LONG_TEXT = 2000  # characters that a text needs to be cut into memory and local context
+_PASSAGE = (120, LONG_TEXT)  # characters of a passage
+_T = TypeVar("_T")
 _LONGEST_ANSWER = 200  # characters; longer completions are retold, not found
 
 
@@ -35,11 +38,20 @@ class QuestionRow:
 
 
 @dataclass(frozen=True)
+class Passage:
+    """A short text that questions can be made about; its title may be empty."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
 class TrainingTexts:
-    """What the files hold: long texts and question rows."""
+    """What the files hold: long texts, question rows and passages nobody asks about."""
 
     texts: tuple[str, ...]
     questions: tuple[QuestionRow, ...]
+    passages: tuple[Passage, ...] = ()
 
 
 def read_training_texts(paths: Iterable[Path]) -> TrainingTexts:
@@ -51,7 +63,8 @@ def read_training_texts(paths: Iterable[Path]) -> TrainingTexts:
     """
     paths = list(paths)
     texts: list[str] = []
-    questions: dict[QuestionRow, None] = {}  # a set that keeps its order
+    questions: dict[QuestionRow, None] = {}  # sets that keep their order
+    passages: dict[Passage, None] = {}
     for path in paths:
         for file in _files(path):
             if file.name.removesuffix(".gz").endswith(".jsonl"):
@@ -61,13 +74,16 @@ def read_training_texts(paths: Iterable[Path]) -> TrainingTexts:
                         questions[question] = None
                     elif isinstance(row.get("text"), str) and "question" not in row:
                         texts.append(row["text"])
+                        passages.update(dict.fromkeys(_own_passage(row)))
+                    else:
+                        passages.update(dict.fromkeys(_shown_passages(row)))
             else:
                 texts.append(_read(file))
     if not texts and not questions:
         raise EmptyCorpusError(
             f"no training text in {', '.join(map(str, paths))}; give .txt or .jsonl files (also .gz) with `text` rows"
         )
-    return TrainingTexts(tuple(texts), tuple(questions))
+    return TrainingTexts(tuple(texts), tuple(questions), tuple(passages))
 
 
 def hold_out(texts: TrainingTexts, share: float, seed: int) -> tuple[TrainingTexts, TrainingTexts]:
@@ -87,10 +103,14 @@ def hold_out(texts: TrainingTexts, share: float, seed: int) -> tuple[TrainingTex
     held = set(_split(rng, list(passages), share)[1])
     asked = ([row for row in texts.questions if (row.context in held) == out] for out in (False, True))
     kept_rows, held_rows = map(tuple, asked)
-    return TrainingTexts(tuple(kept_texts), kept_rows), TrainingTexts(tuple(held_texts), held_rows)
+    unasked = _split(rng, list(texts.passages), share)
+    return (
+        TrainingTexts(tuple(kept_texts), kept_rows, tuple(unasked[0])),
+        TrainingTexts(tuple(held_texts), held_rows, tuple(unasked[1])),
+    )
 
 
-def _split(rng: random.Random, items: list[str], share: float) -> tuple[list[str], list[str]]:
+def _split(rng: random.Random, items: list[_T], share: float) -> tuple[list[_T], list[_T]]:
     count = 0 if len(items) < 2 else max(1, round(share * len(items)))
     held = set(rng.sample(range(len(items)), count))
     return [item for n, item in enumerate(items) if n not in held], [items[n] for n in sorted(held)]
@@ -129,6 +149,19 @@ def _question_row(row: dict[str, Any]) -> QuestionRow | None:
     passage, title = str(contexts[0].get("text", "")), str(contexts[0].get("title", ""))
     held = tuple(str(answer) for answer in answers if str(answer) and str(answer).lower() in passage.lower())
     return QuestionRow(row["question"], held, title.replace("_", " "), passage) if held else None
+
+
+def _own_passage(row: dict[str, Any]) -> list[Passage]:
+    text = row["text"].strip()
+    return [Passage(str(row.get("title") or ""), text)] if _PASSAGE[0] <= len(text) < _PASSAGE[1] else []
+
+
+def _shown_passages(row: dict[str, Any]) -> Iterator[Passage]:
+    """Yield the listed paragraphs of an instruction row's prompt."""
+    if isinstance(row.get("prompt"), str):
+        for part in re.split(r"\n\s*\n", row["prompt"]):
+            if part.startswith("- ") and _PASSAGE[0] <= len(part) < _PASSAGE[1]:
+                yield Passage("", part[2:].strip())
 
 
 # -- instruction rows -------------------------------------------------------------------------------------------
