@@ -1,7 +1,7 @@
 """Answer questions over a memory: the facade that everything else is built on.
 
 :class:`FocusEngine` joins base, adapter, tokenizer and memory; at inference it is the only module that sees a prompt.
-It is safe to use from several threads: requests share the model step by step.
+It is safe to use from several threads: requests that run at the same time pass the model together, step by step.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from focus_core.generation import Generation, Token, check_cancelled
 from focus_core.hub import AdapterInfo, LoadedBase, Notice, find_adapter, load_adapter, load_base
 from focus_core.memory import ChunkEncoder, Memory, MemoryState, Progress
 from focus_core.parallel import Check, sink_before
+from focus_core.passes import SharedPasses
 from focus_core.reading import Reading
 from focus_core.store import Store
 from focus_core.tokenization import TextTokenizer
@@ -168,6 +169,9 @@ class FocusEngine:
         loaded: the base.
         info: settings of the adapter.
         adapter: candidate projections attached to ``loaded``'s model; made untrained if not given.
+        base: ``loaded``'s decoder, if it is there already.
+        tokenizer: ``loaded``'s, if it is there already.
+        passes: of an engine with the same weights, whose requests then share sweeps with this one's.
 
     Raises:
         UnsupportedModelError: the settings ask for what the base cannot do.
@@ -181,11 +185,13 @@ class FocusEngine:
         *,
         base: BaseDecoder | None = None,
         tokenizer: TextTokenizer | None = None,
+        passes: SharedPasses | None = None,
     ) -> None:
         self.loaded, self.info = loaded, info
         self.base = base or BaseDecoder(loaded.model)
         self.config = _fitted(info.focus, self.base)
         self.adapter = adapter or CandidateAdapter(self.base)
+        self.passes = passes or SharedPasses(self.base, self.adapter)
         self.tokenizer = tokenizer or TextTokenizer(loaded.tokenizer)
         self.sink = sink_of(loaded) if self.config.sink else None
         self.encoder = ChunkEncoder(self.base, self.tokenizer, self.config, self.sink, loaded.fingerprint)
@@ -262,7 +268,9 @@ class FocusEngine:
     def with_config(self, **changes: Any) -> FocusEngine:
         """Return an engine with other :class:`FocusConfig` settings that shares this one's weights."""
         info = replace(self.info, focus=replace(self.config, **changes))
-        return FocusEngine(self.loaded, info, self.adapter, base=self.base, tokenizer=self.tokenizer)
+        return FocusEngine(
+            self.loaded, info, self.adapter, base=self.base, tokenizer=self.tokenizer, passes=self.passes
+        )
 
     @property
     def adapter_fingerprint(self) -> str:
@@ -452,6 +460,7 @@ class FocusEngine:
             self.sink,
             max_tokens=max_tokens,
             chunks_per_batch=chunks_per_batch,
+            passes=self.passes,
         )
 
     def local_ids(self, text: str, template: Template = "question") -> list[int]:

@@ -28,8 +28,8 @@ from focus_core.parallel import (
     check_room,
     local_start,
     sink_before,
-    sweep,
 )
+from focus_core.passes import Pass, SharedPasses
 
 _ROWS_AT_ONCE = {"cpu": 8192, "cuda": 131072}
 
@@ -46,6 +46,7 @@ class Reading:
         max_tokens: most tokens that will be generated.
         chunks_per_batch: chunks run together; ``None`` chooses from free memory.
         check: called between layers, may raise to cancel.
+        passes: runs the sweeps, together with those of other readings that share it; its own if not given.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class Reading:
         max_tokens: int,
         chunks_per_batch: int | None = None,
         check: Check = lambda: None,
+        passes: SharedPasses | None = None,
     ) -> None:
+        self.passes = passes or SharedPasses(base, adapter)
         self.base, self.adapter, self.focus, self.state, self.sink = base, adapter, focus, state, sink
         self.max_tokens, self.chunks_per_batch = max_tokens, chunks_per_batch
         self.check = check
@@ -173,8 +176,9 @@ class Reading:
             record=bool(groups),
             scoring=Scoring.of(self.focus),
         )
+        small = len(ordinary) <= 1 and self.chunks_per_batch is None
+        hidden = self.passes.run(Pass(calls, local, self.focus.positions, self.check, small))
         with torch.no_grad():
-            hidden = sweep(self.base, self.adapter, calls, [local], self.focus.positions, self.check)[0]
             order = torch.tensor([index for group in groups for index in group.indices], dtype=torch.long).argsort()
             self.mass = [mass[:, order.to(mass.device)] for mass in local.mass]  # from batch to memory order
             return self.base.logits(hidden[:, -1:])[0, 0].float()
