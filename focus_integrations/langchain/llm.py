@@ -22,7 +22,7 @@ from focus_core.corpus import Document
 from focus_core.engine import Answer, AnswerStream
 from focus_core.generation import check_cancelled
 from focus_integrations import _async
-from focus_integrations._engines import Held
+from focus_integrations._engines import Held, together
 from focus_integrations._pieces import trimmed
 from focus_integrations.langchain._model import CONFIG, PROVIDER, FocusModel, usage_of
 
@@ -136,16 +136,17 @@ class FocusLLM(FocusModel, BaseLLM):
     def _generate_all(
         self, prompts: list[str], stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event
     ) -> LLMResult:
-        generations, total = [], {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-        for prompt in prompts:
+        def answer(prompt: str) -> tuple[Answer, dict[str, Any]]:
             stream, held = self._start(prompt, stop, kwargs, cancelled)
             with self._limited(stream, kwargs):
-                answer = stream.answer
-            generations.append(
-                [Generation(text=answer.text, generation_info=self._about(answer, stream, held, kwargs))]
-            )
-            total["prompt_tokens"] += answer.usage.local + answer.usage.memory
-            total["completion_tokens"] += answer.usage.generated
+                return stream.answer, self._about(stream.answer, stream, held, kwargs)
+
+        answers = together(answer, prompts, cancelled)
+        generations = [[Generation(text=answer.text, generation_info=info)] for answer, info in answers]
+        total = {
+            "prompt_tokens": sum(answer.usage.local + answer.usage.memory for answer, _ in answers),
+            "completion_tokens": sum(answer.usage.generated for answer, _ in answers),
+        }
         total["total_tokens"] = total["prompt_tokens"] + total["completion_tokens"]
         name = self._name(self._get_engine(kwargs), kwargs)
         return LLMResult(generations=generations, llm_output={"token_usage": total, "model_name": name})
