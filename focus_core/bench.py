@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from focus_core.memory import Memory
 from focus_core.parallel import encode_chunks
 
 _QUESTION = "What is the pass key?"
+_ASKED = 8
 
 
 @dataclass(frozen=True)
@@ -149,11 +151,31 @@ def _step(engine: FocusEngine, setting: Setting) -> Line:
     return _batched_line(measure, batched, single)
 
 
+def _batch(engine: FocusEngine, setting: Setting) -> Line:
+    """Different questions over one memory, all at once and one after the other."""
+    memory = _filled(engine, Setting(max(1, setting.chunks // 8), setting.chunk_size, 1))
+    questions = [f"{_QUESTION} Number {index}." for index in range(_ASKED)]
+    options: dict[str, Any] = {"max_tokens": setting.steps, "template": "raw"}
+
+    def apart() -> None:
+        for question in questions:
+            engine.answer(question, memory, **options)
+
+    together, single = _interleaved(lambda: engine.answer_many(questions, memory, **options), apart, 3)
+    return Line(
+        f"{_ASKED} questions over {len(memory)} chunks of {setting.chunk_size}, {setting.steps} tokens each",
+        f"together {together * 1e3:,.0f} ms",
+        f"one after the other {single * 1e3:,.0f} ms",
+        single / together,
+    )
+
+
 MEASURES: dict[str, Measure] = {
     "tokenizer": _tokenizer,
     "prefill": _prefill,
     "injection": _injection,
     "step": _step,
+    "batch": _batch,
 }
 
 

@@ -29,7 +29,7 @@ from focus_core.generation import Generation, Token, check_cancelled
 from focus_core.hub import AdapterInfo, LoadedBase, Notice, find_adapter, load_adapter, load_base
 from focus_core.memory import ChunkEncoder, Memory, MemoryState, Progress
 from focus_core.parallel import Check, sink_before
-from focus_core.passes import SharedPasses
+from focus_core.passes import SharedPasses, run_together
 from focus_core.reading import Reading
 from focus_core.store import Store
 from focus_core.tokenization import TextTokenizer
@@ -346,6 +346,24 @@ class FocusEngine:
     def answer(self, question: str, memory: Memory | None = None, **arguments: Any) -> Answer:
         """Answer at once; takes what :meth:`stream` takes."""
         return self.stream(question, memory, **arguments).answer
+
+    def answer_many(
+        self,
+        questions: Sequence[str],
+        memory: Memory | None = None,
+        *,
+        cancelled: threading.Event | None = None,
+        **arguments: Any,
+    ) -> list[Answer]:
+        """Answer several questions, which pass the model together; takes what :meth:`stream` takes.
+
+        Sampling with one ``seed`` draws the same numbers for each of them. In bfloat16 an answer may differ in its last
+        bits, and so in a close choice, from the same question asked alone.
+        """
+        cancelled = cancelled or threading.Event()
+        return run_together(
+            lambda question: self.answer(question, memory, cancelled=cancelled, **arguments), questions, cancelled
+        )
 
     def stream_ids(
         self,

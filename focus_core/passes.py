@@ -8,8 +8,10 @@ once. One request's failure is its own: after a failed common sweep each runs al
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from focus_core.errors import CancelledError
 from focus_core.families import BaseDecoder
 from focus_core.parallel import Check, ChunkRows, LocalRows, sweep
 
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 _PATIENCE = 0.004  # seconds that a leader waits for those who came along last time
 _MOST = 16  # requests of one sweep
 
@@ -147,3 +151,25 @@ def _check_all(batch: Sequence[Pass]) -> None:
                 raise
         else:
             return
+
+
+def run_together(work: Callable[[_T], _R], items: Sequence[_T], cancelled: threading.Event) -> list[_R]:
+    """Return ``work`` of every item; they run in threads, so that their requests meet and share sweeps.
+
+    Args:
+        work: makes one request to an engine.
+        items: any number; as many as share a sweep run at the same time.
+        cancelled: set when one fails, so that the others can end.
+
+    Raises:
+        Exception: of the first item that failed.
+    """
+    if len(items) <= 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(min(len(items), _MOST), thread_name_prefix="focusllm-batch") as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            cancelled.set()
+            raise

@@ -11,11 +11,10 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -34,7 +33,6 @@ __all__ = [
     "source_dicts",
     "start",
     "to_documents",
-    "together",
 ]
 
 _engines: dict[tuple[Any, ...], FocusEngine] = {}
@@ -42,8 +40,6 @@ _memories: weakref.WeakValueDictionary[tuple[Any, ...], Memory] = weakref.WeakVa
 _fingerprints: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 
-_T = TypeVar("_T")
-_AT_ONCE = 16  # requests of a batch that run together
 _KEPT = 8  # memories of each kind that a holder keeps
 
 
@@ -274,31 +270,6 @@ def start(
         memory = held
     template: Template = options.pop("template", "chat")
     return engine.stream(tail, memory, template=template, **options)
-
-
-def together(
-    work: Callable[[str], _T], prompts: Sequence[str], cancelled: threading.Event, at_once: int = _AT_ONCE
-) -> list[_T]:
-    """Return ``work`` of every prompt; they run at the same time, so that the engine takes them together.
-
-    Args:
-        work: answers one prompt.
-        prompts: any number.
-        cancelled: set when one fails, so that the others end too.
-        at_once: most prompts that run at the same time.
-
-    Raises:
-        Exception: of the first prompt that failed.
-    """
-    if len(prompts) <= 1:
-        return [work(prompt) for prompt in prompts]
-    with ThreadPoolExecutor(min(len(prompts), at_once), thread_name_prefix="focusllm-batch") as pool:
-        futures = [pool.submit(work, prompt) for prompt in prompts]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            cancelled.set()
-            raise
 
 
 def _identity(documents: Any) -> tuple[Any, ...]:

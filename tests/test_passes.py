@@ -10,7 +10,7 @@ import torch
 
 from focus_core import passes
 from focus_core.corpus import Document
-from focus_core.errors import CancelledError
+from focus_core.errors import CancelledError, ContextTooLongError
 
 DOCUMENTS = [Document("one", "the cat sat on the mat"), Document("two", "a dog ran in the park all day")]
 QUESTIONS = [[20 + number, 30, 31 + number, 40] for number in range(4)]
@@ -143,3 +143,15 @@ def test_an_interrupted_leader_leaves_the_others_running(asked, monkeypatch):
     found = _run(_readings(engine, memory))
     assert isinstance(found[0], KeyboardInterrupt)
     torch.testing.assert_close(torch.stack(found[1:]), torch.stack(alone[1:]), atol=1e-5, rtol=1e-4)
+
+
+def test_many_answers_are_those_of_each_question(make_engine):
+    """answer_many of five questions == answer of each; a bad question raises its own error."""
+    engine = make_engine()
+    memory = engine.remember(DOCUMENTS)
+    questions = [f"who is {number}?" for number in range(5)]
+    single = [engine.answer(question, memory, max_tokens=6).text for question in questions]
+    assert [answer.text for answer in engine.answer_many(questions, memory, max_tokens=6)] == single
+    with pytest.raises(ContextTooLongError, match="the question has"):
+        engine.answer_many([*questions, "x " * 5000], memory, max_tokens=6)
+    assert engine.answer_many([], memory) == []

@@ -161,7 +161,7 @@ class ExampleStream:
         budget = max(2, config.max_candidate_rows // len(chunks))
         short = rng.random() < _SHORT
         queries = [
-            replace(self._chat_query(rng, row.question, row.answers[0], budget, short=short), gold=(order.index(own),))
+            replace(self._chat_query(rng, row.question, row.fullest, budget, short=short), gold=(order.index(own),))
             for own, row in enumerate(asked)
         ]
         return Example(tuple(map(tuple, chunks)), tuple(queries), kind)
@@ -218,9 +218,9 @@ class ExampleStream:
         last = len(ids) - room
         start = rng.randint(0, last)
         if keep:
-            at = text.lower().find(row.answers[0].lower())
+            at = text.lower().find(row.fullest.lower())
             middle = len(self.tokenizer.encode(text[: max(at, 0)]))
-            length = len(self.tokenizer.encode(row.answers[0]))
+            length = len(self.tokenizer.encode(row.fullest))
             start = min(
                 last, max(0, rng.randint(middle + length + 4 - room, max(middle - 4, middle + length + 4 - room)))
             )

@@ -29,12 +29,17 @@ _LONGEST_ANSWER = 200  # characters; longer completions are retold, not found
 
 @dataclass(frozen=True)
 class QuestionRow:
-    """A question, its answer and the passage that holds it."""
+    """A question, its answers and the passage that holds them."""
 
     question: str
     answers: tuple[str, ...]
     title: str
     context: str
+
+    @property
+    def fullest(self) -> str:
+        """The longest answer: a full name rather than a part of it."""
+        return max(self.answers, key=len)
 
 
 @dataclass(frozen=True)

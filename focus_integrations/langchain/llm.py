@@ -21,8 +21,9 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from focus_core.corpus import Document
 from focus_core.engine import Answer, AnswerStream
 from focus_core.generation import check_cancelled
+from focus_core.passes import run_together
 from focus_integrations import _async
-from focus_integrations._engines import Held, together
+from focus_integrations._engines import Held
 from focus_integrations._pieces import trimmed
 from focus_integrations.langchain._model import CONFIG, PROVIDER, FocusModel, usage_of
 
@@ -141,7 +142,7 @@ class FocusLLM(FocusModel, BaseLLM):
             with self._limited(stream, kwargs):
                 return stream.answer, self._about(stream.answer, stream, held, kwargs)
 
-        answers = together(answer, prompts, cancelled)
+        answers = run_together(answer, prompts, cancelled)
         generations = [[Generation(text=answer.text, generation_info=info)] for answer, info in answers]
         total = {
             "prompt_tokens": sum(answer.usage.local + answer.usage.memory for answer, _ in answers),

@@ -20,7 +20,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 from langchain_core.runnables import ConfigurableField
 from pydantic import BaseModel, ValidationError
 
-from focus_core import Document
+from focus_core import Document, passes
 from focus_core.chat import Message
 from focus_core.errors import ConfigError, ContextTooLongError, EmptyCorpusError, NotTextError, OutOfMemoryError
 from focus_core.families import BaseDecoder
@@ -59,6 +59,27 @@ async def test_every_way_gives_the_engines_answer(kind):
     assert _text(await model.ainvoke("who sat?")) == expected
     assert _said([chunk async for chunk in model.astream("who sat?")]) == expected
     assert [_text(one) for one in await model.abatch(["who sat?"] * 2)] == [expected] * 2
+
+
+@BOTH
+def test_a_batch_passes_the_model_together(kind, monkeypatch):
+    """Eight prompts of a batch take fewer sweeps than the same prompts one after the other, and say the same."""
+    model = kind(engine=ENGINE, documents=PAGES, max_tokens=8)
+    prompts = [f"who sat, {number}?" for number in range(8)]
+    sizes, original = [], passes.sweep
+
+    def counted(base, adapter, calls, locals_, positions, check):
+        sizes.append(len(locals_))
+        return original(base, adapter, calls, locals_, positions, check)
+
+    monkeypatch.setattr(passes, "sweep", counted)
+    expected = [_text(model.invoke(prompt)) for prompt in prompts]
+    alone = len(sizes)
+    assert set(sizes) == {1}
+    sizes.clear()
+    assert [_text(one) for one in model.batch(prompts)] == expected
+    assert len(sizes) < alone / 2
+    assert sum(sizes) == alone
 
 
 @BOTH
