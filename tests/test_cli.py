@@ -106,6 +106,15 @@ def test_chat_answers_until_an_empty_line(run, files, monkeypatch):
     assert err.count("passage") == 2
 
 
+def test_a_long_chat_reads_its_oldest_turns_from_memory(run, files, monkeypatch):
+    """When the turns outgrow the window, the first ones are sources like the files, not forgotten."""
+    lines = iter([f"question {n}: " + "the cat sat on the mat. " * 20 for n in range(6)] + [""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    code, _, err = run("chat", files, "--max-tokens", 3)
+    assert code == 0
+    assert "turn-1" in err
+
+
 def test_info_estimates_before_reading(run, files):
     """Tokens, chunks, bytes and seconds are there, and the numbers agree with what reading gives."""
     code, out, _ = run("info", files, "--json")

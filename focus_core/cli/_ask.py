@@ -119,10 +119,15 @@ def chat(
     seed: Seed = None,
     reread: Reread = 0,
 ) -> None:
-    """Talk about files and folders; an empty line or Ctrl-D ends it, Ctrl-C stops an answer."""
+    """Talk about files and folders; an empty line or Ctrl-D ends it, Ctrl-C stops an answer.
+
+    Turns that no longer fit the window are read from memory.
+    """
+    from focus_core.chat import Message
+
     engine = open_engine(base, adapter, chunk_size, device)
     held = open_memory(engine, paths or [], memory)
-    turns: list[dict[str, str]] = []
+    turns: list[Message] = []
     while True:
         try:
             question = input("> ").strip()
@@ -131,13 +136,9 @@ def chat(
             return
         if not question:
             return
-        turns.append({"role": "user", "content": engine.info.question_template.replace("{question}", question)})
-        local = engine.tokenizer.render(turns, engine.info.system)
-        while len(local) + max_tokens + 1 > engine.config.window and len(turns) > 1:
-            turns = turns[2:]  # the oldest exchange is forgotten first
-            local = engine.tokenizer.render(turns, engine.info.system)
+        turns.append(Message("user", engine.info.question_template.replace("{question}", question)))
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "reread": reread}
-        with engine.stream_ids(local, held, **options) as stream:
+        with engine.chat(turns, held, **options) as stream:
             try:
                 for piece in stream:
                     print(piece, end="", flush=True)
@@ -146,7 +147,7 @@ def chat(
             print()
             answer = stream.answer
         _print_sources(answer, 3)
-        turns.append({"role": "assistant", "content": answer.text})
+        turns.append(Message("assistant", answer.text))
 
 
 @app.command()

@@ -29,6 +29,7 @@ __all__ = ["SHORT_ANSWER", "SYSTEM", "ExampleStream", "invent_facts", "read_trai
 SHORT_ANSWER = "Answer with a short phrase."
 SYSTEM = "Use the documents."
 _SHORT = 0.8  # share of chat questions that ask for a short phrase, as the adapter's template does
+_LONGEST_PROMPT = 4  # a long local context is shorter than so many times the targets there is room for
 _NEAREST = 8  # hard negatives looked up for one question, of each kind
 
 
@@ -106,12 +107,16 @@ class ExampleStream:
     # -- text objectives ----------------------------------------------------------------------------------------
 
     def _text(self, rng: random.Random, config: TrainConfig, kind: str) -> Example:
-        """Continuation: the local context follows the memory. Reconstruction: it is a span of the memory."""
+        """Continuation: the local context follows the memory. Reconstruction: it is a span of the memory.
+
+        Where k candidates a target leave no room for all of a long local context, its last tokens are the targets.
+        """
         size = rng.choice(config.chunk_sizes)
         count = _log_uniform(rng, 1, _most_chunks(config, size))
         low, high = config.local_tokens
-        split = rng.randint(4, max(4, low - 8))
-        length = split + max(2, min(rng.randint(low, high) - split, config.max_candidate_rows // count))
+        length = _log_uniform(rng, low, max(low, min(high, _LONGEST_PROMPT * config.max_candidate_rows // count)))
+        split = max(rng.randint(4, max(4, low - 8)), length - config.max_candidate_rows // count)
+        length = max(length, split + 2)
         if kind == "reconstruction":  # the span must lie in the memory
             length = max(2, min(length, size * count))
             split = min(split, (length + 1) // 2)
