@@ -332,6 +332,22 @@ def test_any_setting_can_be_set_and_tokens_bound_the_run(command, tmp_path):
         assert message in err
 
 
+def test_a_run_from_another_adapter_adds_to_what_that_has_seen(command, tmp_path):
+    """Steps and tokens add up, the largest k stays, and so do the heads that name sources."""
+    assert command("--steps", 2)[0] == 0
+    first = tmp_path / "run" / "adapter"
+    seen = read_info(first).trained
+    values = json.loads((first / "focus_config.json").read_text())
+    values["attribution_heads"], values["trained"]["max_chunks"] = [[1, 2]], 999
+    (first / "focus_config.json").write_text(json.dumps(values))
+    code, err = command("--output", tmp_path / "more", "--init", first, "--steps", 3)
+    assert code == 0, err
+    info = read_info(tmp_path / "more" / "adapter")
+    assert info.attribution_heads == ((1, 2),)
+    assert (info.trained["steps"], info.trained["max_chunks"]) == (5, 999)
+    assert info.trained["tokens"] == seen["tokens"] + _log(tmp_path / "more")[-1]["tokens"]
+
+
 def test_speed_counts_this_run_only():
     """Tokens per second and time left come from the last steps, not from an earlier life of the run."""
     speed = Speed(100)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,12 +68,13 @@ def train_adapter(
     stream, held_out = _streams(read_training_texts(data), TextTokenizer(loaded.tokenizer), settings)
     focus = _focus(base, settings, chunk_size)  # refuses a chunk size the base cannot serve before any work
     with CandidateAdapter(base, torch.float32) as adapter:
-        if init is not None:
-            load_adapter(init, adapter, loaded)
+        before = load_adapter(init, adapter, loaded) if init is not None else None
 
         def info(totals: Totals) -> AdapterInfo:
             template = f"{{question}}\n{SHORT_ANSWER}" if stream.questions else "{question}"
-            return AdapterInfo(loaded.name, loaded.fingerprint, focus, _trained(settings, totals), template, SYSTEM)
+            trained = _trained(settings, totals, before.trained if before is not None else {})
+            heads = before.attribution_heads if before is not None else ()
+            return AdapterInfo(loaded.name, loaded.fingerprint, focus, trained, template, SYSTEM, heads)
 
         done = train(
             base,
@@ -129,13 +131,15 @@ def _focus(base: BaseDecoder, settings: TrainConfig, chunk_size: int) -> FocusCo
     )
 
 
-def _trained(settings: TrainConfig, totals: Totals) -> dict[str, object]:
-    """Return what ``focus_config.json`` tells of the training."""
+def _trained(settings: TrainConfig, totals: Totals, before: dict[str, Any]) -> dict[str, object]:
+    """Return what ``focus_config.json`` tells of the training, that of the adapter it started from included."""
+    most = min(settings.max_chunks, settings.max_memory_tokens // min(settings.chunk_sizes))
+    sizes = {*settings.chunk_sizes, *settings.question_chunk_sizes, *before.get("chunk_sizes", ())}
     return {
-        "steps": totals.step,
-        "tokens": totals.tokens,
-        "targets": totals.targets,
-        "chunk_sizes": sorted({*settings.chunk_sizes, *settings.question_chunk_sizes}),
-        "max_chunks": min(settings.max_chunks, settings.max_memory_tokens // min(settings.chunk_sizes)),
+        "steps": totals.step + before.get("steps", 0),
+        "tokens": totals.tokens + before.get("tokens", 0),
+        "targets": totals.targets + before.get("targets", 0),
+        "chunk_sizes": sorted(sizes),
+        "max_chunks": max(most, before.get("max_chunks", 0)),
         **({"held_out_loss": totals.best, "held_out_step": totals.best_step} if totals.best is not None else {}),
     }
