@@ -7,6 +7,7 @@ It is safe to use from several threads: requests that run at the same time pass 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from focus_core.store import Store
 from focus_core.tokenization import TextTokenizer
 
 UNTRAINED = "untrained"
+_ANY = "?"  # a question, to see what all questions begin with
 Template = Literal["question", "chat", "raw"]
 Documents = Document | str | Path | Iterable[Document | str | Path]
 
@@ -339,9 +341,9 @@ class FocusEngine:
             ConfigError: an option is unknown or out of bounds, or the memory is another engine's.
             ContextTooLongError: the question does not fit the window.
         """
-        return self.stream_ids(
-            self.local_ids(question, template), memory, decode=decode, cancelled=cancelled, **options
-        )
+        local = self.local_ids(question, template)
+        opening = _shared_tokens(local, self.local_ids(_ANY, template))
+        return self.stream_ids(local, memory, decode=decode, cancelled=cancelled, opening=opening, **options)
 
     def answer(self, question: str, memory: Memory | None = None, **arguments: Any) -> Answer:
         """Answer at once; takes what :meth:`stream` takes."""
@@ -373,11 +375,14 @@ class FocusEngine:
         decode: DecodeConfig | None = None,
         cancelled: threading.Event | None = None,
         constraint: Grammar | None = None,
+        opening: int = 0,
         **options: Any,
     ) -> AnswerStream:
         """Like :meth:`stream`, for a local context given as token ids.
 
         A ``constraint`` holds the answer to a grammar; raises ``ConfigError`` where ``max_tokens`` is too small for it.
+        The first ``opening`` tokens are those that other questions begin with too: what they are behind every chunk is
+        computed once while the memory stays as it is.
         """
         if not local:
             raise ConfigError("the question is empty; ask something")
@@ -399,6 +404,7 @@ class FocusEngine:
             self.info.attribution_heads,
             cancelled or threading.Event(),
             constraint.begin(self.tokenizer, self.end_tokens, decode.max_tokens) if constraint is not None else None,
+            opening,
         )
         return AnswerStream(generation, local, state)
 
@@ -445,7 +451,11 @@ class FocusEngine:
             memory = memory.subset(document.id for document in memory.documents) if memory else self.remember([])
             memory.add(documents, check=lambda: check_cancelled(cancelled))
         local = render_messages(self.tokenizer, kept, offered)
-        return self.stream_ids(local, memory, decode=decode, cancelled=cancelled, constraint=constraint)
+        another = [message for message in kept[:1] if message.role == "system"] + [Message("user", _ANY)]
+        opening = _shared_tokens(local, render_messages(self.tokenizer, another, offered))
+        return self.stream_ids(
+            local, memory, decode=decode, cancelled=cancelled, constraint=constraint, opening=opening
+        )
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """Put the adapter's system turn in front of a conversation that has none, where the base knows turns."""
@@ -534,6 +544,12 @@ def as_documents(documents: Documents) -> list[Document]:
         else:
             raise ConfigError(f"a document must be a Document, a text or a Path; got {type(item).__name__}")
     return found
+
+
+def _shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens both begin with."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _decode(decode: DecodeConfig | None, options: Mapping[str, Any]) -> DecodeConfig:

@@ -60,6 +60,7 @@ class Generation:
         heads: (layer, head) pairs for attribution.
         cancelled: set it to stop within one layer.
         constraint: what the answer is held to.
+        opening: tokens that other requests begin with too, see :meth:`Reading.begin`.
     """
 
     reading: Reading
@@ -69,6 +70,7 @@ class Generation:
     heads: Sequence[tuple[int, int]] = ()
     cancelled: threading.Event = field(default_factory=threading.Event)
     constraint: Constraint | None = None
+    opening: int = 0
     finish_reason: str | None = None
     prompt_tokens: int = 0
     generated: list[int] = field(default_factory=list)
@@ -84,7 +86,7 @@ class Generation:
         text = _TextStream(self.tokenizer, self.decode.stop)
         sampler = _Sampler(self.decode, self.reading.base.device)
         try:
-            logits = self.reading.begin(local)
+            logits = self.reading.begin(local, self.opening)
             mass = self.reading.mass
             if self.decode.reread and mass:
                 closer = self.reading.reread(self._best_chunks(mass), self.tokenizer.encode("\n\n"))

@@ -97,6 +97,11 @@ class GrowingKV:
             self.data[layer, 1, :, :, self.used : stop] = value
         return self.data[layer, 0, :, :, :stop], self.data[layer, 1, :, :, :stop]
 
+    def write_all(self, data: Tensor) -> None:
+        """Begin with KV of all layers that was computed before: (layers, 2, batch, kv_heads, rows, head_dim)."""
+        self.data[..., : data.shape[4], :] = data
+        self.used = data.shape[4]
+
     def commit(self, rows: int) -> None:
         """Keep the last ``rows`` written rows of all layers."""
         self.used += rows

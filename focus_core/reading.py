@@ -28,9 +28,12 @@ from focus_core.parallel import (
     check_room,
     local_start,
     sink_before,
+    sweep,
 )
 from focus_core.passes import Pass, SharedPasses
 
+_FEW_CHUNKS = 8  # below this a pass of its own for the opening costs more than it saves
+_KEPT_SHARE = 0.25  # of the memory's tokens that a kept opening may have behind all chunks
 _ROWS_AT_ONCE = {"cpu": 8192, "cuda": 131072}
 
 
@@ -79,11 +82,13 @@ class Reading:
         """k, the number of candidates."""
         return len(self.state.chunks)
 
-    def begin(self, ids: Sequence[int]) -> Tensor:
+    def begin(self, ids: Sequence[int], opening: int = 0) -> Tensor:
         """Inject the dynamic prompt behind every chunk and read the local context (method steps 2-4).
 
         Args:
             ids: the local context, at least one token.
+            opening: how many of its first tokens other questions begin with too, such as a system turn: what they are
+                behind every chunk is kept with the memory for the next question.
 
         Returns:
             (vocabulary,) float32 logits of the next token.
@@ -100,8 +105,12 @@ class Reading:
             try:
                 self.ids, self.local = list(ids), list(ids)
                 self._groups = self._make_groups(size)
-                ordinary = torch.tensor(ids[len(ids) - 1 - self.prompt_tokens : -1], dtype=torch.long)
-                return self._sweep(ordinary, [*head, *ids], [[group] for group in self._groups])
+                calls = [[group] for group in self._groups]
+                injected = ids[len(ids) - 1 - self.prompt_tokens : -1]
+                if self._opens_alike(len(ids), opening):
+                    self._open(injected[:opening], calls)
+                    injected = injected[opening:]
+                return self._sweep(torch.tensor(injected, dtype=torch.long), [*head, *ids], calls)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -147,6 +156,41 @@ class Reading:
         self.reread_tokens = len(passages)
         self.local, self._cache = [*passages, *self.ids], None
         return self._sweep(torch.empty(0, dtype=torch.long), self._local_row(), self._calls())
+
+    def _opens_alike(self, tokens: int, opening: int) -> bool:
+        """Whether an opening runs, and is kept, apart from the rest: a rule that knows nothing of earlier questions.
+
+        So an answer is the same whether its opening was there already or not.
+        """
+        whole = self.prompt_tokens == tokens - 1
+        small = opening * self.chunks <= _KEPT_SHARE * sum(len(chunk.ids) for chunk in self.state.chunks)
+        return whole and small and 0 < opening < tokens - 1 and self.chunks >= _FEW_CHUNKS
+
+    def _open(self, ids: Sequence[int], calls: list[list[ChunkRows]]) -> None:
+        """Put an opening behind every chunk: the kept one, or a new one that is kept."""
+        kept = self.state.opening.get(ids)
+        if kept is None:
+            for group in self._groups:
+                group.ordinary = torch.tensor(ids)
+            with torch.no_grad():
+                sweep(self.base, self.adapter, calls, (), self.focus.positions, self.check)
+            parts = iter(group.suffix.data[..., : len(ids), :] for group in self._groups)
+            kept = []
+            for slab in self.state.slabs:
+                own = [next(parts)]
+                while sum(part.shape[2] for part in own) < slab.batch.size:
+                    own.append(next(parts))
+                kept.append(torch.cat(own, dim=2))
+            self.state.opening.put(ids, kept)
+            return
+        groups = iter(self._groups)
+        for tensor in kept:
+            start = 0
+            while start < tensor.shape[2]:
+                group = next(groups)
+                stop = start + group.chunks.size
+                group.suffix.write_all(tensor[:, :, start:stop])
+                start = stop
 
     def _local_row(self) -> list[int]:
         """Return the whole local context as the base reads it, its sink included."""
