@@ -18,6 +18,7 @@ from focus_core.config import DecodeConfig
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
 from focus_core.evaluation.baselines import BASELINES
+from focus_core.evaluation.blocks import BLOCKS
 from focus_core.evaluation.cache import ChunkCache
 from focus_core.evaluation.longer import LONGER
 from focus_core.evaluation.trial import Prediction, Trial
@@ -45,7 +46,7 @@ def focus(engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache,
     return Prediction(answer.text, len(memory), answer.usage.local + answer.usage.reread, ranking)
 
 
-METHODS: dict[str, Answerer] = {FOCUS: focus, **BASELINES, **LONGER}
+METHODS: dict[str, Answerer] = {FOCUS: focus, **BASELINES, **LONGER, **BLOCKS}
 
 
 @dataclass(frozen=True)
