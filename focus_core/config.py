@@ -207,7 +207,13 @@ class TrainConfig(_Json):
     top_candidates: int = 0
     objective: Objective = "dense"
     mix: dict[str, float] = field(
-        default_factory=lambda: {"reconstruction": 0.35, "continuation": 0.1, "question": 0.4, "needle": 0.15}
+        default_factory=lambda: {
+            "reconstruction": 0.3,
+            "continuation": 0.1,
+            "question": 0.3,
+            "cloze": 0.15,
+            "needle": 0.15,
+        }
     )
     chunk_sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
     max_chunks: int = 128

@@ -71,7 +71,8 @@ def train_adapter(
         before = load_adapter(init, adapter, loaded) if init is not None else None
 
         def info(totals: Totals) -> AdapterInfo:
-            template = f"{{question}}\n{SHORT_ANSWER}" if stream.questions else "{question}"
+            asked = stream.questions or settings.mix.get("cloze")
+            template = f"{{question}}\n{SHORT_ANSWER}" if asked else "{question}"
             trained = _trained(settings, totals, before.trained if before is not None else {})
             heads = before.attribution_heads if before is not None else ()
             return AdapterInfo(loaded.name, loaded.fingerprint, focus, trained, template, SYSTEM, heads)
