@@ -163,7 +163,7 @@ def _batch(engine: FocusEngine, setting: Setting) -> Line:
 
     together, single = _interleaved(lambda: engine.answer_many(questions, memory, **options), apart, 3)
     return Line(
-        f"{_ASKED} questions over {len(memory)} chunks of {setting.chunk_size}, {setting.steps} tokens each",
+        f"batch of {_ASKED} questions over {len(memory)} chunks of {setting.chunk_size}, {setting.steps} tokens each",
         f"together {together * 1e3:,.0f} ms",
         f"one after the other {single * 1e3:,.0f} ms",
         single / together,

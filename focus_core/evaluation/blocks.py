@@ -34,9 +34,9 @@ def block_memory(
     *,
     window: int | None = None,
     blocks: int = 8,
-    block: int = 128,
+    block: int | None = None,
     representatives: int = 4,
-    first: int = 64,
+    first: int | None = None,
 ) -> Prediction:
     """Ask behind the whole text, read with block memory.
 
@@ -47,15 +47,17 @@ def block_memory(
         cache: not used.
         window: local tokens; by default what the engine's window leaves beside the blocks and a piece.
         blocks: looked up for every piece, in every layer.
-        block: tokens of a block.
+        block: tokens of a block; by default 1/32 of the engine's window.
         representatives: keys that stand for a block.
-        first: first tokens of the text that are always seen.
+        first: first tokens of the text that are always seen; by default 1/64 of the engine's window.
 
     Raises:
         ConfigError: the base has no rotary positions, or the window has no room.
     """
     if not engine.base.rotary:
         raise ConfigError(f"block memory moves rotary keys, but {engine.base.model_type} has none; leave it out")
+    block = block if block is not None else max(representatives, engine.config.window // 32)
+    first = first if first is not None else max(1, engine.config.window // 64)
     piece = 4 * block
     window = window if window is not None else engine.config.window - first - blocks * block - piece
     if window < piece or representatives > block:

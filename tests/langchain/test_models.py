@@ -134,7 +134,7 @@ def test_one_load_per_process(monkeypatch):
 @pytest.mark.parametrize("way", ["invoke", "stream"])
 async def test_the_event_loop_stays_free(kind, way):
     """While a model answers, at least four of five 50 ms ticks of the loop happen, reading documents included."""
-    model = kind(engine=ENDLESS, documents=["the mat. " * 200], max_tokens=80)
+    model = kind(engine=ENDLESS, documents=["the mat. " * 200], max_tokens=160)
     ticks, done = 0, False
 
     async def tick() -> None:
