@@ -1,8 +1,8 @@
 """Cut token ids into chunks that fit the native window, at the best boundaries, with exact offsets.
 
-Boundaries prefer paragraphs, then sentences, then tokens, and always fall on whole characters; the chunks of a document
-tile it, so ``text[start:end]`` is exactly the chunk. Documents never share a chunk unless :func:`pack` is called. Pure
-functions of ids and text: no model, no torch.
+Boundaries prefer paragraphs, then lines that end a sentence, then sentences, then tokens, and always fall on whole
+characters; the chunks of a document tile it, so ``text[start:end]`` is exactly the chunk. Documents never share a chunk
+unless :func:`pack` is called. Pure functions of ids and text: no model, no torch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from focus_core.errors import ConfigError
 from focus_core.tokenization import Encoded
 
 _PARAGRAPH = re.compile(r"\n[ \t]*\n\s*")
+_LINE = re.compile(r"[.!?…。！？][\"'”’)\]]*[ \t]*\n\s*")  # not where prose is wrapped
 _SENTENCE = re.compile(r"[.!?…][\"'”’)\]]*\s+|[。！？]|\n")
 
 
@@ -96,7 +97,7 @@ def _boundary(text: str, encoded: Encoded, first: int, limit: int) -> int:
     """Return the best token to end before, in the second half of ``first`` .. ``limit``."""
     half = first + max(1, (limit - first) // 2)
     low, high = int(encoded.starts[half]), int(encoded.starts[limit])
-    for pattern in (_PARAGRAPH, _SENTENCE):
+    for pattern in (_PARAGRAPH, _LINE, _SENTENCE):
         for end in reversed([match.end() for match in pattern.finditer(text, low, high)]):
             token = _token_at(encoded, end, half, limit)
             if token is not None:

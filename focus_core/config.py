@@ -145,6 +145,7 @@ Schedule = Literal["linear", "cosine"]
 Objective = Literal["dense", "one_target"]
 TeacherMemory = Literal["all", "gold"]
 OBJECTIVES = ("reconstruction", "continuation", "question", "cloze", "needle")
+NEEDLE_SHAPES = ("number", "code", "date", "name", "phrase", "word")
 _STAGED = (
     *("mix", "chunk_sizes", "question_chunk_sizes", "max_chunks", "max_memory_tokens", "local_tokens"),
     *("prompt_lengths", "max_candidate_rows", "questions_per_example", "hard_negatives", "fill_chunks"),
@@ -182,6 +183,8 @@ class TrainConfig(_Json):
         question_chunk_sizes: drawn uniformly for the question objective; longer passages are cut around the answer.
         hard_negatives: share of the other passages that are of the same title or share rare words with a question.
         fill_chunks: probability that a question's own chunk is filled up with other passages.
+        needle_shapes: weight of each shape of a needle's value (``number``, ``code``, ``date``, ``name``, ``phrase``,
+            ``word``); empty for weights of our own.
         stages: settings that hold for the first part of the run: ``{"until": 0.25, "max_chunks": 16}`` for the first
             quarter; the first stage that a step falls into counts, after the last one the settings above do.
         distillation: weight of the KL divergence from the base that reads the memory in its own window, per objective.
@@ -225,6 +228,7 @@ class TrainConfig(_Json):
     question_chunk_sizes: tuple[int, ...] = (48, 64, 96, 128)
     hard_negatives: float = 0.3
     fill_chunks: float = 0.0
+    needle_shapes: dict[str, float] = field(default_factory=dict)
     stages: tuple[dict[str, Any], ...] = ()
     distillation: dict[str, float] = field(default_factory=dict)
     teacher_memory: TeacherMemory = "gold"
@@ -275,10 +279,11 @@ class TrainConfig(_Json):
     def _check_objectives(self) -> None:
         if sum(self.mix.values()) <= 0:
             raise ConfigError(f"mix must hold weights of at least 0 with a positive sum; got {self.mix}")
-        for name in ("mix", "distillation", "eval_mix"):
+        known = {"mix": OBJECTIVES, "distillation": OBJECTIVES, "eval_mix": OBJECTIVES, "needle_shapes": NEEDLE_SHAPES}
+        for name, kinds in known.items():
             for kind, weight in getattr(self, name).items():
-                if kind not in OBJECTIVES:
-                    raise ConfigError(f"{name} knows {', '.join(OBJECTIVES)}; got {kind!r}")
+                if kind not in kinds:
+                    raise ConfigError(f"{name} knows {', '.join(kinds)}; got {kind!r}")
                 _bounded(f"{name}[{kind!r}]", weight, 0.0)
 
     def _check_stages(self) -> None:

@@ -73,6 +73,17 @@ def test_boundaries_prefer_paragraphs_then_sentences():
     assert text[: chunks[0].end].rstrip().endswith(".")
 
 
+def test_a_line_that_ends_a_sentence_is_kept_whole():
+    """Facts stand on lines: a chunk ends at the line, not at a sentence inside the next; wrapped prose does not."""
+    tokenizer = _both()[0]
+    text = "the cat sat on the mat. " * 5 + "the dog ate.\nthe key is 5. mind it. 5 is the key.\n" + "mat " * 40
+    size = len(tokenizer.encode(text[: text.index(" 5 is")])) + 1
+    assert cut("d", text, tokenizer.encode_with_offsets(text), size)[0].end == text.index("the key")
+    wrapped = "the cat sat on the mat.\nthe dog ate the\nhat. the cat sat and sat and sat " + "mat " * 40
+    size = len(tokenizer.encode(wrapped[: wrapped.index(" and sat")]))
+    assert cut("d", wrapped, tokenizer.encode_with_offsets(wrapped), size)[0].end > wrapped.index("hat.")
+
+
 def test_documents_share_chunks_only_when_packed():
     """cut() gives one document a chunk; pack() joins small ones and keeps every span."""
     tokenizer = _both()[0]

@@ -237,7 +237,7 @@ class ExampleStream:
         """Invented facts hidden in filler, with facts beside them that look alike."""
         size = rng.choice([size for size in config.chunk_sizes if size >= 32] or [32])
         count = _log_uniform(rng, 2, max(2, _most_chunks(config, size)))
-        facts = invent_facts(rng, rng.choice([1, 1, 2, 4, 8, 16]))
+        facts = invent_facts(rng, rng.choice([1, 1, 2, 4, 8, 16]), config.needle_shapes)
         filler = self._filler(rng, size * count)
         chunks = [filler[start : start + size] for start in range(0, size * count, size)]
         for fact in facts:

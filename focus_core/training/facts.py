@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -81,12 +82,19 @@ _PHRASES = [
     "{w} and {x}",
     "bring the {a} {t} to {p}",
 ]
-_SHAPES = {"number": 8, "code": 3, "date": 2, "name": 5, "phrase": 3, "word": 3}
+SHAPES = {"number": 8, "code": 3, "date": 2, "name": 5, "phrase": 3, "word": 3}
 
 
-def invent_facts(rng: random.Random, count: int) -> list[Fact]:
-    """Invent ``count`` facts about different subjects; they may share their attribute, so they look alike."""
-    shape = rng.choices(list(_SHAPES), weights=list(_SHAPES.values()))[0]
+def invent_facts(rng: random.Random, count: int, shapes: Mapping[str, float] | None = None) -> list[Fact]:
+    """Invent ``count`` facts about different subjects; they may share their attribute, so they look alike.
+
+    Args:
+        rng: draws everything.
+        count: how many.
+        shapes: weight of each shape of value; :data:`SHAPES` if not given.
+    """
+    weights = shapes or SHAPES
+    shape = rng.choices(list(weights), weights=list(weights.values()))[0]
     attribute = rng.choice(_ATTRIBUTES[shape])
     facts = []
     for subject in _subjects(rng, count):
