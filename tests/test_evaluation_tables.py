@@ -9,6 +9,7 @@ import pytest
 
 from focus_core import bench, cli
 from focus_core.errors import ConfigError
+from focus_core.evaluation.metrics import wilson
 from focus_core.evaluation.plots import draw_folder, read_points
 from focus_core.evaluation.runner import Row
 from focus_core.evaluation.tables import HEADER, make_plans, row_cells, write_markdown
@@ -168,3 +169,11 @@ def test_bench_prints_each_line_when_it_is_known(make_engine, monkeypatch, focus
     _, out, _ = focusllm("bench", "--only", "step", "--chunks", 3, "--chunk-size", 16, "--steps", 2)
     assert started == ["step"]
     assert "decoding step over 3 chunks of 16" in out
+
+
+@pytest.mark.parametrize("trials", range(1, 60))
+def test_the_interval_holds_its_rate(trials):
+    """Whatever rounding does, low <= rate <= high: a plot's error bars are never negative."""
+    for right in range(trials + 1):
+        low, high = wilson(right, trials)
+        assert 0 <= low <= right / trials <= high <= 1

@@ -76,7 +76,8 @@ def wilson(right: int, trials: int) -> tuple[float, float]:
     middle = rate + z * z / (2 * trials)
     spread = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    # rounding must not put the rate itself outside
+    return min(rate, max(0.0, (middle - spread) / scale)), max(rate, min(1.0, (middle + spread) / scale))
 
 
 def _f1(text: str, answer: str) -> float:
