@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,23 @@ class ChunkEncoder:
 
 @dataclass(frozen=True)
 class Slab:
-    """Chunks whose KV lies in one batch."""
+    """Chunks whose KV lies in one batch; equal chunks share a row, as their KV and what a question adds are equal.
+
+    Args:
+        chunks: in the order of their rows.
+        batch: KV of the distinct ones.
+        rows: of each chunk, its row in ``batch``.
+    """
 
     chunks: tuple[Chunk, ...]
     batch: ChunkBatch
+    rows: tuple[int, ...]
+
+    def between(self, start: int, stop: int) -> Iterator[tuple[Chunk, int]]:
+        """Yield the chunks of batch rows ``start`` to ``stop``, each with its row counted from ``start``."""
+        for chunk, row in zip(self.chunks, self.rows, strict=True):
+            if start <= row < stop:
+                yield chunk, row - start
 
 
 class KeptOpening:
@@ -260,8 +273,8 @@ class Memory:
         store = Store(folder / "kv")
         state, total, done = self._state, self.tokens, 0
         for slab in state.slabs:
-            for index, chunk in enumerate(slab.chunks):
-                store.put(self.encoder.key(chunk), slab.batch.chunk(index))
+            for chunk, row in zip(slab.chunks, slab.rows, strict=True):
+                store.put(self.encoder.key(chunk), slab.batch.chunk(row))
                 done += len(chunk.ids)
                 progress(done, total)
         rows = [json.dumps(asdict(document), ensure_ascii=False) for document in state.documents.values()]
@@ -302,11 +315,11 @@ class Memory:
         slabs = []
         for group in _grouped(chunks):
             tensors = []
-            for chunk in group:
-                tensors.append(store.get(encoder.key(chunk)).to(encoder.base.device))
-                loaded += len(chunk.ids)
+            for alike in group:
+                tensors.append(store.get(encoder.key(alike[0])).to(encoder.base.device))
+                loaded += sum(len(chunk.ids) for chunk in alike)
                 progress(loaded, total)
-            slabs.append(Slab(group, ChunkBatch.gather(tensors)))
+            slabs.append(_slab(group, ChunkBatch.gather(tensors)))
         return cls(encoder, store, MemoryState({item.id: item for item in documents}, chunks, tuple(slabs)))
 
     # -- inside -------------------------------------------------------------------------------------------------
@@ -327,34 +340,31 @@ class Memory:
         slabs = []
         for group in _grouped(chunks):
             batch = self._encode(group, lambda tokens, before=done: progress(before + tokens, total), check)  # type: ignore[misc]
-            slabs.append(Slab(group, batch))
-            done += sum(len(chunk.ids) for chunk in group)
+            slabs.append(_slab(group, batch))
+            done += sum(len(chunk.ids) for alike in group for chunk in alike)
         return MemoryState(
             {**state.documents, **{document.id: document for document in documents}},
             (*state.chunks, *chunks),
             (*state.slabs, *slabs),
         )
 
-    def _encode(self, chunks: tuple[Chunk, ...], progress: Callable[[int], None], check: Check) -> ChunkBatch:
-        """Compute or fetch the KV of chunks sorted by falling length."""
+    def _encode(self, groups: Sequence[Sequence[Chunk]], progress: Callable[[int], None], check: Check) -> ChunkBatch:
+        """Compute or fetch one KV for each group of equal chunks; groups are sorted by falling length."""
         encoder = self.encoder
-        rows = [encoder.row(chunk) for chunk in chunks]
+        rows = [encoder.row(alike[0]) for alike in groups]
         try:
             batch = encoder.allocate(rows)
         except (RuntimeError, MemoryError) as error:
             raise _too_large(len(rows), error) from error
-        keys = [encoder.key(chunk) for chunk in chunks]
-        first_of: dict[str, int] = {}
+        keys = [encoder.key(alike[0]) for alike in groups]
+        tokens = [sum(len(chunk.ids) for chunk in alike) for alike in groups]
         missing = []
         for index, key in enumerate(keys):
-            if key in first_of:
-                continue
-            first_of[key] = index
             if self.store is not None and key in self.store:
                 batch.chunk(index).copy_(self.store.get(key))
             else:
                 missing.append(index)
-        done = sum(len(chunks[index].ids) for index in first_of.values() if index not in set(missing))
+        done = sum(tokens) - sum(tokens[index] for index in missing)
         most = _BATCH_TOKENS.get(encoder.base.device.type, 4096)
         while missing:
             check()
@@ -372,12 +382,9 @@ class Memory:
                 batch.chunk(index).copy_(piece.chunk(position))
                 if self.store is not None:
                     self.store.put(keys[index], piece.chunk(position))
-                done += len(chunks[index].ids)
+                done += tokens[index]
             missing = missing[count:]
             progress(done)
-        for index, key in enumerate(keys):
-            if first_of[key] != index:
-                batch.chunk(index).copy_(batch.chunk(first_of[key]))
         return batch
 
 
@@ -399,15 +406,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _grouped(chunks: Iterable[Chunk]) -> list[tuple[Chunk, ...]]:
-    """Group chunks of similar length, longest first, so that padding stays small."""
-    groups: list[list[Chunk]] = []
-    for chunk in sorted(chunks, key=lambda item: -len(item.ids)):
-        if groups and len(groups[-1][0].ids) <= _SPREAD * len(chunk.ids) + 8:
-            groups[-1].append(chunk)
+def _grouped(chunks: Iterable[Chunk]) -> list[list[tuple[Chunk, ...]]]:
+    """Put equal chunks together, and these into groups of similar length, longest first: padding stays small."""
+    equal: dict[tuple[int, ...], list[Chunk]] = {}
+    for chunk in chunks:
+        equal.setdefault(chunk.ids, []).append(chunk)
+    groups: list[list[tuple[Chunk, ...]]] = []
+    for ids in sorted(equal, key=len, reverse=True):
+        alike = tuple(equal[ids])
+        if groups and len(groups[-1][0][0].ids) <= _SPREAD * len(ids) + 8:
+            groups[-1].append(alike)
         else:
-            groups.append([chunk])
-    return [tuple(group) for group in groups]
+            groups.append([alike])
+    return groups
+
+
+def _slab(groups: Sequence[Sequence[Chunk]], batch: ChunkBatch) -> Slab:
+    """Lay groups of equal chunks over the rows of a batch."""
+    placed = [(chunk, row) for row, alike in enumerate(groups) for chunk in alike]
+    return Slab(tuple(chunk for chunk, _ in placed), batch, tuple(row for _, row in placed))
 
 
 def _without(state: MemoryState, document_ids: Sequence[str]) -> tuple[MemoryState, list[Document]]:
@@ -421,12 +438,15 @@ def _without(state: MemoryState, document_ids: Sequence[str]) -> tuple[MemorySta
     lost = set(map(id, touched))
     slabs = []
     for slab in state.slabs:
-        kept = [index for index, chunk in enumerate(slab.chunks) if id(chunk) not in lost]
-        if len(kept) == len(slab.chunks):
-            slabs.append(slab)
+        kept: dict[int, list[Chunk]] = {}
+        for chunk, row in zip(slab.chunks, slab.rows, strict=True):
+            if id(chunk) not in lost:
+                kept.setdefault(row, []).append(chunk)
+        if len(kept) == slab.batch.size:
+            slabs.append(_slab(list(kept.values()), slab.batch))
         elif kept:
-            tensors: list[Tensor] = [slab.batch.chunk(index) for index in kept]
-            slabs.append(Slab(tuple(slab.chunks[index] for index in kept), ChunkBatch.gather(tensors)))
+            tensors: list[Tensor] = [slab.batch.chunk(row) for row in kept]
+            slabs.append(_slab(list(kept.values()), ChunkBatch.gather(tensors)))
     documents = {key: document for key, document in state.documents.items() if key not in gone}
     chunks = tuple(chunk for chunk in state.chunks if id(chunk) not in lost)
     return MemoryState(documents, chunks, tuple(slabs)), []

@@ -118,6 +118,8 @@ class ChunkRows:
         ordinary: (m,) ids that run as ordinary tokens and join the suffix.
         candidates: (T,) ids that run as candidates; decoding has T = 1.
         visible: (T,) suffix tokens each candidate sees, the new ordinary ones included.
+        rows: of each of ``indices``, its row in ``chunks``: equal chunks share one, and so their candidate, which
+            stands in front of the local rows once for each. ``None`` where every chunk has its own.
     """
 
     chunks: ChunkBatch
@@ -127,11 +129,13 @@ class ChunkRows:
     ordinary: Tensor
     candidates: Tensor
     visible: Tensor
+    rows: Sequence[int] | None = None
     turn: tuple[Tensor, Tensor] | None = None
     keys: Tensor = field(init=False)
     values: Tensor = field(init=False)
     _suffix_bias: Tensor | None = None
     _chunk_bias: Tensor | None = None
+    _copies: Tensor | None = None
 
     def prepare(self, base: BaseDecoder, positions: Positions) -> None:
         """Make masks and the rotation that brings candidate keys in front of the local row."""
@@ -143,8 +147,13 @@ class ChunkRows:
             candidate = torch.arange(seen, device=device) >= self.visible.to(device)[:, None]
             candidate_bias = torch.zeros(1, 1, targets, seen, device=device).masked_fill_(candidate, HIDDEN)
             self._suffix_bias = torch.cat([causal_bias(rows, seen, device), candidate_bias], dim=2)
+        self._copies = None
+        lengths = torch.tensor(self.chunks.lengths)
+        if self.rows is not None and len(self.rows) > self.chunks.size:
+            copies = torch.tensor(self.rows)
+            lengths, self._copies = lengths[copies], copies.to(device)
         if base.rotary:
-            here = torch.tensor(self.chunks.lengths)[:, None] + self.visible[None, :]
+            here = lengths[:, None] + self.visible[None, :]
             there = torch.tensor(list(candidate_positions(self.total, positions)))
             delta = (there[list(self.indices), None] - here).flatten().to(device)
             self.turn = rotation(base.inverse_frequencies.to(device), delta)
@@ -179,10 +188,10 @@ class ChunkRows:
         split = key.shape[2] - count * targets
         candidate_key, candidate_value = key[:, :, split:], value[:, :, split:]
         kv_heads = key.shape[1]
-        moved = move_keys(candidate_key, self.turn)
-        dim = key.shape[3]
-        self.keys = moved.reshape(kv_heads, count, targets, dim).permute(2, 0, 1, 3)  # (T, kv_heads, chunks, head_dim)
-        self.values = candidate_value.reshape(kv_heads, count, targets, dim).permute(2, 0, 1, 3)
+        shown_key, shown_value = self._shown(candidate_key), self._shown(candidate_value)
+        moved, dim, chunks = move_keys(shown_key, self.turn), key.shape[3], len(self.indices)
+        self.keys = moved.reshape(kv_heads, chunks, targets, dim).permute(2, 0, 1, 3)  # (T, kv_heads, chunks, head_dim)
+        self.values = shown_value.reshape(kv_heads, chunks, targets, dim).permute(2, 0, 1, 3)
         if layer == self.chunks.data.shape[0]:  # the base's last layer
             return query.new_zeros(1, query.shape[2], query.shape[1], query.shape[3])
 
@@ -217,6 +226,14 @@ class ChunkRows:
         before = Part(seen.out[:, :, ordinary_rows:], seen.lse[:, :, ordinary_rows:])
         candidate = merge([before, own]).out
         return torch.cat([packed_rows(ordinary), packed_rows(candidate)], dim=1)
+
+    def _shown(self, candidates: Tensor) -> Tensor:
+        """Repeat what equal chunks share: (1, kv_heads, rows * T, head_dim) -> (1, kv_heads, chunks * T, head_dim)."""
+        if self._copies is None:
+            return candidates
+        _, kv_heads, _, dim = candidates.shape
+        each = candidates.reshape(1, kv_heads, self.chunks.size, len(self.candidates), dim)
+        return each[:, :, self._copies].reshape(1, kv_heads, -1, dim)
 
 
 class LocalCache(GrowingKV):

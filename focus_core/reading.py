@@ -235,8 +235,10 @@ class Reading:
             for start in range(0, slab.batch.size, size):
                 stop = min(start + size, slab.batch.size)
                 batch = slab.batch.rows(start, stop)
-                indices = [place[id(chunk)] for chunk in slab.chunks[start:stop]]
-                groups.append(ChunkRows(batch, Suffix(batch, capacity), indices, self.chunks, none, none, none))
+                held = [(place[id(chunk)], row) for chunk, row in slab.between(start, stop)]
+                indices, rows = [index for index, _ in held], [row for _, row in held]
+                suffix = Suffix(batch, capacity)
+                groups.append(ChunkRows(batch, suffix, indices, self.chunks, none, none, none, rows=rows))
         return groups
 
     def _check_window(self, rows: int) -> None:

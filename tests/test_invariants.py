@@ -109,6 +109,31 @@ def test_3_engine_equals_the_oracle(family, mode, sink, make_engine):
         engine.close()
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_3_equal_chunks_share_a_row_and_count_each(family, make_engine):
+    """Logits over chunks that repeat == the oracle's, which reads each by itself; every copy is attended to alike."""
+    chunks = [CHUNKS[0], CHUNKS[1], CHUNKS[0], CHUNKS[2], CHUNKS[0]]
+    for positions in positions_of(family):
+        model, _, adapter = build(family)
+        weights = {
+            name.removesuffix(".base_layer"): module.weight.data.clone()
+            for name, module in model.named_modules()
+            if isinstance(module, CandidateLinear)
+        }
+        adapter.detach()
+        expected = Oracle(model, weights, positions, 0).logits(chunks, LOCAL, 4, "incremental")
+        engine = make_engine(family, model=model, dtype=torch.float64, positions=positions)
+        state = _memory_of(engine, chunks).state
+        assert sum(slab.batch.size for slab in state.slabs) == 3
+        for size in (None, 1, 2):
+            reading = engine.reading(state, max_tokens=len(LOCAL), chunks_per_batch=size)
+            found = [reading.begin(LOCAL[:4])] + [reading.step(token) for token in LOCAL[4:]]
+            torch.testing.assert_close(torch.stack(found).double(), expected, atol=2e-6, rtol=1e-5)
+            if positions == "shared":
+                torch.testing.assert_close(reading.mass[-1][:, 0], reading.mass[-1][:, 2])
+        engine.close()
+
+
 @pytest.mark.parametrize("mode", ["incremental", "exact"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
 def test_3_rereading_equals_the_oracle(family, mode, make_engine):
