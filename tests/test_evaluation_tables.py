@@ -12,7 +12,7 @@ from focus_core.errors import ConfigError
 from focus_core.evaluation.metrics import wilson
 from focus_core.evaluation.plots import draw_folder, read_points
 from focus_core.evaluation.runner import Row
-from focus_core.evaluation.tables import HEADER, make_plans, row_cells, write_markdown
+from focus_core.evaluation.tables import HEADER, filled_columns, make_plans, row_cells, write_markdown
 from focus_core.evaluation.tasks import TASKS, TaskOptions
 from tests.conftest import byte_level_tokenizer, tiny_model
 
@@ -75,8 +75,10 @@ def test_the_table_states_counts_and_intervals(tmp_path):
     """Right of trials, Wilson's interval, attribution recall; Markdown has the same cells and the trained k."""
     cells = row_cells(row(skipped=1, method="bm25|x"))
     assert cells[:4] == ["passkey-4000", "bm25|x", "9/10 (1 do not fit)", "60%-98%"]
-    assert cells[8] == "50% 100% 100%"
+    assert cells[9] == "50% 100% 100%"
+    assert (cells[4], row_cells(row(suite_score=0.251))[4]) == ("", "25.1")
     write_markdown(tmp_path / "t.md", HEADER, [cells], {"max_chunks": 96})
+    assert filled_columns(["a", "b"], [["x", ""], ["", ""]]) == (["a"], [["x"], [""]])
     lines = (tmp_path / "t.md").read_text().splitlines()
     assert {line.replace("\\|", "").count("|") for line in lines[:3]} == {len(HEADER) + 1}
     assert lines[-1] == "k seen in training: up to 96"
@@ -126,6 +128,10 @@ def test_every_generated_task_makes_a_table(focusllm, tmp_path, task):
         rows = [{"question": f"who {i}?", "answers": [f"x{i}"], "title": "T", "context": f"x{i}"} for i in range(40)]
         (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
         file = ["--file", tmp_path / "qa.jsonl"]
+    if task == "few-shot":
+        for kind in ("train", "test"):
+            (tmp_path / f"{kind}.jsonl").write_text(json.dumps({"text": "a lost card", "category": "lost_card"}))
+        file = ["--file", tmp_path]
     arguments = ["--lengths", "100", "--chunk-sizes", "64", "--trials", 1, "--output", tmp_path / "out", *file]
     _, out, err = focusllm("eval", task, *arguments, "--methods", "focusllm:max_tokens=2")
     assert f"{task}-100-c64" in out, err

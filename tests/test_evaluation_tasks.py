@@ -13,6 +13,7 @@ import pytest
 from focus_core.errors import ConfigError, CorpusError, EmptyCorpusError
 from focus_core.evaluation.haystack import FILLER, Haystack
 from focus_core.evaluation.needles import ASK, HEAD
+from focus_core.evaluation.scores import Measure
 from focus_core.evaluation.stories import read_stories
 from focus_core.evaluation.tasks import TASKS, TaskOptions, find_task
 from focus_core.tokenization import TextTokenizer
@@ -21,7 +22,11 @@ NOVEL = "\n\n".join(
     " ".join(f"In chapter {chapter} the {word} of house {house} was {word}." for house, word in enumerate("abcdefg"))
     for chapter in range(40)
 )
-GENERATED = [name for name, task in TASKS.items() if task.varies == "lengths" and name not in ("ruler-qa", "babilong")]
+GENERATED = [
+    name
+    for name, task in TASKS.items()
+    if task.varies == "lengths" and name not in ("ruler-qa", "babilong", "few-shot")
+]
 HIDING = ["passkey", "number", "niah-single", "niah-multikey", "niah-multivalue", "niah-multiquery", "variables"]
 QUESTION = {"question": "who?", "answers": ["Ann"], "ctxs": [{"title": "T", "text": "It was Ann."}]}
 
@@ -320,6 +325,15 @@ def test_suites_are_read(options, tmp_path):
     code = {"input": "", "context": "x = 1\n", "answers": ["y = 2"], "dataset": "lcc"}
     (trial,) = make("longbench", replace(options, file=write(tmp_path / "lcc.jsonl", [code])))
     assert (trial.question, trial.raw, trial.max_tokens) == ("Next line of code:", True, 64)
+    trec = {
+        "input": "Who?",
+        "context": "x",
+        "answers": ["Person"],
+        "all_classes": ["Person", "Place"],
+        "dataset": "trec",
+    }
+    (trial,) = make("longbench", replace(options, file=write(tmp_path / "trec.jsonl", [trec])))
+    assert trial.measure == Measure("class", ("Person", "Place"), first_line=True)
 
     choice = {"id": 0, "input": "Who?", "context": "It was Ann.", "options": ["Ann", "Bob"], "answer": ["A"]}
     (trial,) = make("infinitebench", replace(options, file=write(tmp_path / "longbook_choice_eng.jsonl", [choice])))
@@ -348,6 +362,21 @@ def test_suites_are_read(options, tmp_path):
     exam = {"instructions": ["1+1?", "who?"], "outputs": ["(B) two", "Ann"], "input": "Sums.", "source": "quality"}
     first, second = make("leval", replace(options, file=write(tmp_path / "e.jsonl", [exam])))
     assert (first.question, first.answers, first.documents) == ("1+1?", ("(B) two", "two"), second.documents)
+    rouge = {"instructions": ["Sum it up."], "outputs": ["So."], "input": "Long.", "evaluation": "rouge"}
+    (trial,) = make("leval", replace(options, file=write(tmp_path / "g.jsonl", [rouge])))
+    assert (trial.measure, trial.max_tokens, trial.label) == (Measure("rouge-l"), 256, "g")
+
+    meeting = {"meeting_transcripts": [{"speaker": "A", "content": "Hi."}, {"speaker": "B", "content": "Bye."}]}
+    meeting["general_query_list"] = [{"query": "Sum it up.", "answer": "They met."}]
+    meeting["specific_query_list"] = [{"query": "What did B say?", "answer": "Bye."}]
+    first, second = make("qmsum", replace(options, file=write(tmp_path / "q.jsonl", [meeting])))
+    assert first.documents[0].text == "A: Hi.\nB: Bye."
+    assert (first.question, second.answers, second.label) == ("Sum it up.", ("Bye.",), "specific")
+    story = {"document": "It was Ann.", "questions": [{"question_text": "What happens?", "question_number": 1}]}
+    story["questions"][0]["responses"] = [{"response_text": "Ann did it."}, {"response_text": "Ann."}]
+    (trial,) = make("squality", replace(options, file=write(tmp_path / "s.jsonl", [story])))
+    assert (trial.answers, trial.measure) == (("Ann did it.", "Ann."), Measure("rouge-l"))
+
     choice = {"question": "who?", "options": ["A. Bob", "B. Ann "], "answer": "B", "content": "It was Ann."}
     (trial,) = make("bamboo", replace(options, file=write(tmp_path / "meetingqa_4k.jsonl", [choice])))
     assert (trial.question, trial.answers) == ("who?\nA. Bob\nB. Ann", ("B. Ann", "Ann"))
@@ -360,6 +389,30 @@ def test_suites_are_read(options, tmp_path):
     kv = {"ordered_kv_records": [["k1", "v1"], ["k2", "v2"]], "key": "k2", "value": "v2"}
     (trial,) = make("kv", replace(options, file=write(tmp_path / "kv.jsonl", [kv])))
     assert (trial.answers, trial.label) == (("v2",), "depth 0.75")
+
+
+def test_few_shot_shows_every_class_before_one_again(options, tmp_path):
+    """Demonstrations fill the memory, one of each class first, the same in every trial; nothing asked is shown."""
+    shown = [{"text": f"text {number}", "category": f"class_{number % 7}"} for number in range(210)]
+    asked = [{"text": f"other {number}", "category": f"class_{number % 7}"} for number in range(12)]
+    write(tmp_path / "train_demos.jsonl", shown)
+    write(tmp_path / "test.jsonl", asked)
+    trials = make("few-shot", replace(options, file=tmp_path, tokens=1000))
+    assert len({text_of(trial) for trial in trials}) == 1
+    rows = re.findall(r"Text: (text \d+)\nCategory: (class_\d)\n", text_of(trials[0]))
+    for start in range(0, len(rows) - 6, 7):
+        assert len({name for _, name in rows[start : start + 7]}) == 7
+    assert 700 < len(options.tokenizer.encode(text_of(trials[0]))) <= 1000
+    assert all(trial.question.startswith("Text: other") and trial.raw for trial in trials)
+    labels = {row["text"]: row["category"] for row in asked}
+    for trial in trials:
+        assert trial.answers == (labels[trial.question.split("\n")[0].removeprefix("Text: ")],)
+        assert trial.measure(f" {trial.answers[0]}\nText: x\nCategory: class_0", trial.answers) == 1.0
+    with pytest.raises(ConfigError, match="a folder with train"):
+        make("few-shot", replace(options, file=tmp_path / "test.jsonl"))
+    (tmp_path / "test.jsonl").unlink()
+    with pytest.raises(EmptyCorpusError, match="no test"):
+        make("few-shot", replace(options, file=tmp_path))
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if TASKS[name].varies == "nothing" or name == "kv"])
@@ -393,6 +446,10 @@ def test_files_of_another_kind_are_refused(options, tmp_path, name):
         ("leval", "leval/natural_question.jsonl.gz"),
         ("bamboo", "bamboo/altqa_4k.jsonl.gz"),
         ("bamboo", "bamboo/paperqa_16k.jsonl.gz"),
+        ("qmsum", "qmsum/qmsum_val.jsonl.gz"),
+        ("squality", "squality/squality_v1-3_dev.jsonl.gz"),
+        ("few-shot", "banking77"),
+        ("leval", "leval/gsm100.jsonl.gz"),
     ],
 )
 def test_real_files_are_read(options, shared_data, name, file):
@@ -401,5 +458,5 @@ def test_real_files_are_read(options, shared_data, name, file):
     assert len(trials) == 10
     for trial in trials:
         known = f"{text_of(trial)} {trial.question}".lower()  # choices stand in the question
-        if name != "leval" and trial.answers[0] not in ("yes", "no"):
+        if name not in ("leval", "qmsum", "squality", "few-shot") and trial.answers[0] not in ("yes", "no"):
             assert any(answer.lower() in known for answer in trial.answers)

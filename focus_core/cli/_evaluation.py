@@ -87,7 +87,7 @@ def bench(
 def _run_task(name: str, plans: list[Plan], methods: list[Method], output: Path) -> None:
     from focus_core.evaluation.cache import ChunkCache
     from focus_core.evaluation.runner import run
-    from focus_core.evaluation.tables import HEADER, row_cells
+    from focus_core.evaluation.tables import HEADER, filled_columns, row_cells
     from focus_core.evaluation.tasks import TASKS
 
     rows = []
@@ -108,7 +108,7 @@ def _run_task(name: str, plans: list[Plan], methods: list[Method], output: Path)
                     cache=cache,
                 )
             rows.append(row)
-    _show(output, name, HEADER, [row_cells(row) for row in rows], plans)
+    _show(output, name, *filled_columns(HEADER, [row_cells(row) for row in rows]), plans)
 
 
 def _run_perplexity(plans: list[Plan], given: int, longest: int, output: Path) -> None:

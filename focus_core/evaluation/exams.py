@@ -1,7 +1,7 @@
 """Load questions about single long documents: L-Eval, and BAMBOO's question files.
 
-Rows keep their order. Choices are answered by their text, which counts without its letter too; summaries are left to
-metrics that are not computed here.
+Rows keep their order. Choices are answered by their text, which counts without its letter too; where a row asks for F1
+or ROUGE, that is the suite's score.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ from typing import Any
 from focus_core.corpus import Document
 from focus_core.errors import EmptyCorpusError
 from focus_core.evaluation.files import read_rows
+from focus_core.evaluation.scores import Measure
 from focus_core.evaluation.trial import Trial
 
 _LETTER = re.compile(r"^\(?([A-D])[).]\s*")
+_LEVAL_MEASURES: dict[str, tuple[Measure | None, int | None]] = {
+    "f1": (Measure("f1"), None),
+    "rouge": (Measure("rouge-l"), 256),
+}
 _SECTION = re.compile(r"\n+(?=(?:Question|Document):\n)")
 
 
@@ -44,8 +49,11 @@ def _leval(path: Path) -> Iterator[Trial]:
         if not isinstance(row.get("instructions"), list) or "input" not in row:
             raise EmptyCorpusError(f"rows of {path} have no instructions and input; give an L-Eval file")
         document = Document(f"document-{number}", str(row["input"]))
+        measure, most = _LEVAL_MEASURES.get(str(row.get("evaluation")), (None, None))
+        source = str(row.get("source") or path.name.split(".")[0])
         for ask, answer in zip(row["instructions"], row["outputs"], strict=True):
-            yield Trial((document,), str(ask), _with_and_without_letter(str(answer)), None, False, str(row["source"]))
+            answers = _with_and_without_letter(str(answer))
+            yield Trial((document,), str(ask), answers, None, False, source, "any", most, measure)
 
 
 def _bamboo(path: Path) -> Iterator[Trial]:

@@ -10,8 +10,9 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable
+from typing import Literal
 
-from focus_core.evaluation.trial import Wanted
+Wanted = Literal["any", "all"]
 
 
 def normalize(text: str) -> str:

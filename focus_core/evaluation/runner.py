@@ -40,6 +40,7 @@ class Row:
         chunks: mean k.
         local: mean tokens of the local context.
         seconds: mean time a trial took.
+        suite_score: mean of the suite's own score, 0 to 1, where trials have one.
         tokens: memory tokens that were asked for, where the task varies them.
         settings: what made the trials.
     """
@@ -57,6 +58,7 @@ class Row:
     chunks: float
     local: float
     seconds: float
+    suite_score: float | None = None
     tokens: int | None = None
     settings: Record = field(default_factory=dict)
 
@@ -123,6 +125,7 @@ def summarise(name: str, method: str, records: list[Record]) -> Row:
     """Turn predictions into a table line."""
     answered = [record for record in records if "skipped" not in record]
     ranks = [record["gold_rank"] for record in answered if record["gold_rank"] is not None]
+    scores = [record["suite_score"] for record in answered if record.get("suite_score") is not None]
     by_label: dict[str, tuple[int, int]] = {}
     for record in answered:
         right, trials = by_label.get(record["label"], (0, 0))
@@ -145,6 +148,7 @@ def summarise(name: str, method: str, records: list[Record]) -> Row:
         chunks=mean("chunks"),
         local=mean("local"),
         seconds=mean("seconds"),
+        suite_score=sum(scores) / len(scores) if scores else None,
     )
 
 
@@ -159,6 +163,7 @@ def _ask(engine: FocusEngine, trial: Trial, method: Method, max_tokens: int, cac
         **asked,
         "text": prediction.text,
         **score(prediction.text, trial.answers, trial.wanted),
+        **({"suite_score": trial.measure(prediction.text, trial.answers)} if trial.measure else {}),
         "gold_rank": _gold_rank(trial, prediction),
         "chunks": prediction.chunks,
         "local": prediction.local,

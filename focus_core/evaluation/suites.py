@@ -14,6 +14,7 @@ from typing import Any
 from focus_core.corpus import Document
 from focus_core.errors import EmptyCorpusError
 from focus_core.evaluation.files import read_rows
+from focus_core.evaluation.scores import Measure
 from focus_core.evaluation.trial import Trial
 
 _LINES = re.compile(r"(?P<text>.*)\nNow the record is over\. (?P<question>.*)", re.S)
@@ -31,6 +32,14 @@ _LONGBENCH_ASK = {
 _LONGBENCH_RAW = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
 _LONGBENCH_TOKENS = {"gov_report": 512, "multi_news": 512, "qmsum": 512, "qasper": 128, "narrativeqa": 128}
 _LONGBENCH_TOKENS |= {"samsum": 128, "multifieldqa_en": 64, "trec": 64, "lcc": 64, "repobench-p": 64}
+_LONGBENCH_MEASURES = {
+    **dict.fromkeys(("gov_report", "qmsum", "multi_news"), Measure("rouge-l")),
+    "samsum": Measure("rouge-l", first_line=True),
+    "triviaqa": Measure("f1", first_line=True),
+    "passage_retrieval_en": Measure("paragraph"),
+    "passage_count": Measure("count"),
+    **dict.fromkeys(("lcc", "repobench-p"), Measure("edit")),
+}
 _INFINITE_RAW = {
     "passkey": "{input} The pass key is",
     "number_string": "{input} The sequence of digits is",
@@ -78,7 +87,7 @@ def multihop(path: Path, trials: int) -> Iterator[Trial]:
 def longbench(path: Path, trials: int) -> Iterator[Trial]:
     """Yield the rows of a LongBench file; its data set is named in each row, or by the file.
 
-    F1 of the table is LongBench's own score for the question-answering sets; the others need their own scores.
+    The suite's score is LongBench's: F1 for questions, ROUGE-L for summaries, class accuracy, edit similarity for code.
 
     Raises:
         EmptyCorpusError: the file is of another kind.
@@ -87,10 +96,15 @@ def longbench(path: Path, trials: int) -> Iterator[Trial]:
         name = str(row.get("dataset") or _stem(path)).removesuffix("_e")
         ask = _LONGBENCH_ASK.get(name, "{input}").replace("{input}", str(row["input"]))
         answers = tuple(map(str, row["answers"]))
-        document = Document(name, str(row["context"]))
-        yield Trial(
-            (document,), ask, answers, None, name in _LONGBENCH_RAW, name, "any", _LONGBENCH_TOKENS.get(name, 32)
+        measure = _LONGBENCH_MEASURES.get(name, Measure("f1"))
+        if row.get("all_classes"):
+            measure = Measure("class", tuple(map(str, row["all_classes"])), first_line=True)
+        document, raw, most = (
+            Document(name, str(row["context"])),
+            name in _LONGBENCH_RAW,
+            _LONGBENCH_TOKENS.get(name, 32),
         )
+        yield Trial((document,), ask, answers, None, raw, name, "any", most, measure)
 
 
 def infinitebench(path: Path, trials: int) -> Iterator[Trial]:

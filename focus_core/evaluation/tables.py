@@ -16,7 +16,8 @@ from focus_core.evaluation.runner import Row
 from focus_core.evaluation.tasks import TaskOptions, Varies
 
 Cells = list[str]
-HEADER = ["task", "method", "right", "95% interval", "exact", "F1", "recall", "k", "gold @1 @3 @5", "s/trial"]
+HEADER = ["task", "method", "right", "95% interval", "suite's score", "exact", "F1", "recall"]
+HEADER += ["k", "gold @1 @3 @5", "s/trial"]
 PERPLEXITY_HEADER = ["task", "memory / local", "texts below 1", "memory", "local only", "base's window", "k", "s/text"]
 
 
@@ -76,6 +77,7 @@ def row_cells(row: Row) -> Cells:
         row.method,
         f"{row.right}/{row.trials}" + (f" ({row.skipped} do not fit)" if row.skipped else ""),
         f"{low:.0%}-{high:.0%}",
+        "" if row.suite_score is None else f"{100 * row.suite_score:.1f}",
         f"{row.exact:.2f}",
         f"{row.f1:.2f}",
         f"{row.recall:.2f}",
@@ -83,6 +85,12 @@ def row_cells(row: Row) -> Cells:
         " ".join(f"{share:.0%}" for share in row.gold_within.values()),
         f"{row.seconds:.1f}",
     ]
+
+
+def filled_columns(header: Cells, rows: Sequence[Cells]) -> tuple[Cells, list[Cells]]:
+    """Return a table without the columns that no row fills."""
+    kept = [index for index in range(len(header)) if any(row[index] for row in rows)]
+    return [header[index] for index in kept], [[row[index] for index in kept] for row in rows]
 
 
 def perplexity_cells(row: PerplexityRow) -> Cells:

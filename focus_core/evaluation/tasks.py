@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from focus_core.errors import ConfigError
+from focus_core.evaluation.demonstrations import few_shot
 from focus_core.evaluation.exams import bamboo, leval
 from focus_core.evaluation.files import file_facts, read_long_text
 from focus_core.evaluation.haystack import Haystack
@@ -20,6 +21,7 @@ from focus_core.evaluation.questions import multi_document, ruler_questions
 from focus_core.evaluation.ruler import common_words, frequent_words, needles, variables
 from focus_core.evaluation.stories import babilong
 from focus_core.evaluation.suites import infinitebench, longbench, longeval_lines, longeval_topics, multihop
+from focus_core.evaluation.summaries import qmsum, squality
 from focus_core.evaluation.trial import Trial
 from focus_core.tokenization import TextTokenizer
 
@@ -156,6 +158,10 @@ def _babilong(options: TaskOptions) -> Iterator[Trial]:
     return babilong(options.haystack(), options.needed_file, options.trials, options.seed)
 
 
+def _few_shot(options: TaskOptions) -> Iterator[Trial]:
+    return few_shot(options.haystack(), options.needed_file, options.trials, options.seed)
+
+
 def _from_file(loader: Callable[[Path, int], Iterator[Trial]]) -> Make:
     return lambda options: loader(options.needed_file, options.trials)
 
@@ -177,6 +183,9 @@ TASKS: dict[str, Task] = {
         Task("frequent-words", "RULER: the three most frequent words", _hidden(frequent_words), 50, "lengths"),
         Task("ruler-qa", "RULER: a SQuAD question by length; needs --file", _ruler_questions, 32, "lengths"),
         Task("babilong", "bAbI facts in other text; needs --file", _babilong, 8, "lengths"),
+        Task("few-shot", "a text's class after labelled texts; needs --file, a folder", _few_shot, 16, "lengths"),
+        Task("qmsum", "QMSum: summaries of meetings; needs --file", _from_file(qmsum), 256, "nothing"),
+        Task("squality", "SQuALITY: summaries of stories; needs --file", _from_file(squality), 256, "nothing"),
         Task("longeval-lines", "LongEval line retrieval; needs --file", _from_file(longeval_lines), 16, "nothing"),
         Task("longeval-topics", "LongEval first topic; needs --file", _from_file(longeval_topics), 32, "nothing"),
         Task("leval", "questions of an L-Eval file; needs --file", _from_file(leval), 48, "nothing"),

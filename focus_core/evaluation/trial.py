@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
 
 from focus_core.corpus import Document
-
-Wanted = Literal["any", "all"]
+from focus_core.evaluation.metrics import Wanted
+from focus_core.evaluation.scores import Measure
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class Trial:
         label: what the trial varies, such as its depth.
         wanted: ``any`` of the answers, contained in the text, is right; ``all`` of them have to be there.
         max_tokens: of the answer; ``None`` leaves it to the task.
+        measure: how the suite that a trial is of scores an answer, besides what is counted as right.
     """
 
     documents: tuple[Document, ...]
@@ -37,6 +37,7 @@ class Trial:
     label: str
     wanted: Wanted = "any"
     max_tokens: int | None = None
+    measure: Measure | None = None
 
     @property
     def fingerprint(self) -> str:
