@@ -17,6 +17,7 @@ from focus_core.evaluation.files import file_facts, read_long_text
 from focus_core.evaluation.haystack import Haystack
 from focus_core.evaluation.lookups import key_values, number, read_key_values
 from focus_core.evaluation.needles import passkey
+from focus_core.evaluation.puzzles import code_run, math_find
 from focus_core.evaluation.questions import multi_document, ruler_questions
 from focus_core.evaluation.ruler import common_words, frequent_words, needles, variables
 from focus_core.evaluation.stories import babilong
@@ -174,6 +175,8 @@ TASKS: dict[str, Task] = {
         Task("multihop", "HotpotQA or MuSiQue rows; needs --file", _from_file(multihop), 24, "nothing"),
         Task("kv", "a UUID's value among records, generated or from --file", _key_values, 48, "lengths", True),
         Task("number", "ten repeated digits in a long text", _hidden(number), 12, "lengths"),
+        Task("math-find", "InfiniteBench: a rank in a list of numbers", _hidden(math_find), 8, "lengths"),
+        Task("code-run", "InfiniteBench: the value of nested calls", _hidden(code_run), 8, "lengths"),
         Task("niah-single", "RULER: one needle", _needles(), 32, "lengths"),
         Task("niah-multikey", "RULER: one of four keys", _needles(keys=4), 32, "lengths"),
         Task("niah-multivalue", "RULER: four values of one key", _needles(values=4), 80, "lengths"),
