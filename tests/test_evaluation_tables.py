@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from focus_core import bench, cli
+from focus_core.cli._shared import numbers
 from focus_core.errors import ConfigError
 from focus_core.evaluation.metrics import wilson
 from focus_core.evaluation.plots import draw_folder, read_points
@@ -69,6 +70,14 @@ def test_plans_cover_every_setting(make_engine):
     assert [plan.engine.config.chunk_size for plan in plans] == [16, 16, 32, 32]
     (plan,) = make_plans(engine, "multihop", "nothing", TaskOptions(engine.tokenizer, 2), [1], [1], None)
     assert (plan.title, plan.engine, plan.options.chunk_size) == ("multihop", engine, 32)
+
+
+def test_lengths_are_read_as_people_write_them():
+    """Thousands, millions, fractions, capitals and spaces; anything else is one clear error."""
+    assert numbers("1k, 1.5K,2m,300") == [1000, 1500, 2_000_000, 300]
+    for text in ("", "4k,", "many", "k"):
+        with pytest.raises(ConfigError, match="write them like 1k,4000 or 1m"):
+            numbers(text)
 
 
 def test_the_table_states_counts_and_intervals(tmp_path):
