@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ class Generation:
 
     def __post_init__(self) -> None:
         self.record = AttentionRecord(self.reading.chunks, self.heads)
-        self.reading.check = self._check
+        # not a method of this object: the cycle would keep the memory that is read until Python collects it
+        self.reading.check = partial(check_cancelled, self.cancelled)
 
     def tokens(self, local: Sequence[int]) -> Iterator[Token]:
         """Yield tokens until an end token, a stop string, the limit, or cancellation."""
@@ -127,9 +129,6 @@ class Generation:
             drawn = sampler.draw(self.reading.ids, logits, self.constraint.ending(len(logits)))
             self.constraint.accept(drawn[0], left)
         return drawn
-
-    def _check(self) -> None:
-        check_cancelled(self.cancelled)
 
 
 def check_cancelled(cancelled: threading.Event) -> None:

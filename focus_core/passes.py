@@ -47,11 +47,12 @@ class Pass:
     small: bool
     hidden: Tensor | None = None
     error: Exception | None = field(default=None, repr=False)
+    done: bool = False
 
-    @property
-    def done(self) -> bool:
-        """Whether it has a result."""
-        return self.hidden is not None or self.error is not None
+    def failure(self) -> Exception | None:
+        """Hand over what went wrong: kept here, it and the frames that it names would hold each other."""
+        error, self.error = self.error, None
+        return error
 
 
 class SharedPasses:
@@ -84,8 +85,12 @@ class SharedPasses:
             self._busy = self._busy or leads
         if leads:
             self._lead(own)
-        if own.error is not None:
-            raise own.error
+        error = own.failure()
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
         own.check()  # in a common sweep one that is cancelled does not stop the others
         assert own.hidden is not None
         return own.hidden
@@ -118,13 +123,13 @@ class SharedPasses:
             states = self._together_or_alone(batch)
         except Exception as error:
             if len(batch) == 1:
-                batch[0].error = error
+                batch[0].error, batch[0].done = error, True
                 return
             for item in batch:
                 self._sweep([item])
             return
         for item, hidden in zip(batch, states, strict=True):
-            item.hidden = hidden
+            item.hidden, item.done = hidden, True
 
     def _together_or_alone(self, batch: list[Pass]) -> list[Tensor]:
         calls = [call for item in batch if not item.small for call in item.calls]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -292,3 +294,30 @@ def test_heatmap_draws_and_refuses_nothing(make_engine, tmp_path):
     assert (tmp_path / "map.png").stat().st_size > 1000
     with pytest.raises(ConfigError, match="no attention was recorded"):
         save_heatmap(engine.answer("who?", max_tokens=1).attention, ["a"], [], tmp_path / "map.png")
+
+
+@pytest.mark.parametrize("ask", ["answer", "stream", "reread", "many", "cancelled"])
+def test_an_answered_question_lets_its_memory_go(make_engine, ask):
+    """Chunk KV is freed with the last name of the memory, without waiting for Python's garbage collector."""
+    engine = make_engine()
+    memory = engine.remember(DOCUMENTS)
+    held = [weakref.ref(slab.batch.data) for slab in memory.state.slabs]
+    gc.collect()
+    gc.disable()
+    try:
+        if ask in ("answer", "reread"):
+            answer = engine.answer("who?", memory, max_tokens=2, reread=int(ask == "reread"))
+        elif ask == "many":
+            answer = engine.answer_many(["who?", "what?"], memory, max_tokens=2)
+        else:
+            stream = engine.stream("who?", memory, max_tokens=4)
+            next(iter(stream.tokens()))
+            if ask == "cancelled":
+                stream.cancel()
+            answer = stream.answer
+            del stream
+        del memory
+        assert answer
+        assert [reference() for reference in held] == [None] * len(held)
+    finally:
+        gc.enable()

@@ -83,9 +83,7 @@ def numbers(text: str) -> list[int]:
     thousands = {"k": 1_000, "m": 1_000_000}
     try:
         parts = [part.strip().lower() for part in text.split(",")]
-        return [
-            round(float(part[:-1]) * thousands[part[-1]]) if part[-1] in thousands else int(part) for part in parts
-        ]
+        return [round(float(part[:-1]) * thousands[part[-1]]) if part[-1] in thousands else int(part) for part in parts]
     except (ValueError, IndexError) as error:
         raise ConfigError(f"cannot read the numbers {text!r}; write them like 1k,4000 or 1m") from error
 
