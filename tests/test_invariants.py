@@ -34,6 +34,15 @@ def build(family: str, dtype: torch.dtype = torch.float64):
     return model, base, adapter
 
 
+def candidate_weights(model) -> dict[str, torch.Tensor]:
+    """Candidate matrices by the name of the module that they stand beside, as the oracle takes them."""
+    return {
+        name.removesuffix(".base_layer"): module.weight.data.clone()
+        for name, module in model.named_modules()
+        if isinstance(module, CandidateLinear)
+    }
+
+
 def positions_of(family: str) -> list[str]:
     return ["shared", "ordered"] if FAMILIES[family].rotary == "half" else ["ordered"]
 
@@ -84,11 +93,7 @@ def test_3_engine_equals_the_oracle(family, mode, sink, make_engine):
     """Teacher-forced logits of a Reading == the oracle's, in float64, for every split of the chunks into batches."""
     for positions in positions_of(family):
         model, _, adapter = build(family)
-        weights = {
-            name.removesuffix(".base_layer"): module.weight.data.clone()
-            for name, module in model.named_modules()
-            if isinstance(module, CandidateLinear)
-        }
+        weights = candidate_weights(model)
         adapter.detach()
         given = 4
         expected = Oracle(model, weights, positions, sink).logits(CHUNKS, LOCAL, given, mode)
@@ -115,11 +120,7 @@ def test_3_equal_chunks_share_a_row_and_count_each(family, make_engine):
     chunks = [CHUNKS[0], CHUNKS[1], CHUNKS[0], CHUNKS[2], CHUNKS[0]]
     for positions in positions_of(family):
         model, _, adapter = build(family)
-        weights = {
-            name.removesuffix(".base_layer"): module.weight.data.clone()
-            for name, module in model.named_modules()
-            if isinstance(module, CandidateLinear)
-        }
+        weights = candidate_weights(model)
         adapter.detach()
         expected = Oracle(model, weights, positions, 0).logits(chunks, LOCAL, 4, "incremental")
         engine = make_engine(family, model=model, dtype=torch.float64, positions=positions)
@@ -140,11 +141,7 @@ def test_3_rereading_equals_the_oracle(family, mode, make_engine):
     """Logits with two chunks read whole besides == the oracle's with those tokens in front of the local row alone."""
     positions = positions_of(family)[0]
     model, _, adapter = build(family)
-    weights = {
-        name.removesuffix(".base_layer"): module.weight.data.clone()
-        for name, module in model.named_modules()
-        if isinstance(module, CandidateLinear)
-    }
+    weights = candidate_weights(model)
     adapter.detach()
     given, separator = 4, [9]
     front = [*CHUNKS[0], *separator, *CHUNKS[2], *separator]
