@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +25,12 @@ _LEVAL_MEASURES: dict[str, tuple[Measure | None, int | None]] = {
 _SECTION = re.compile(r"\n+(?=(?:Question|Document):\n)")
 
 
-def leval(path: Path, trials: int) -> Iterator[Trial]:
+def leval(path: Path) -> Iterator[Trial]:
     """Yield one trial an instruction of an L-Eval file.
 
     Raises:
         EmptyCorpusError: the file is of another kind.
     """
-    return islice(_leval(path), trials)
-
-
-def bamboo(path: Path, trials: int) -> Iterator[Trial]:
-    """Yield the rows of a BAMBOO question file: altqa, meetingqa, paperqa.
-
-    Raises:
-        EmptyCorpusError: the file is of another kind.
-    """
-    return islice(_bamboo(path), trials)
-
-
-def _leval(path: Path) -> Iterator[Trial]:
     for number, row in enumerate(read_rows(path)):
         if not isinstance(row.get("instructions"), list) or "input" not in row:
             raise EmptyCorpusError(f"rows of {path} have no instructions and input; give an L-Eval file")
@@ -56,7 +42,12 @@ def _leval(path: Path) -> Iterator[Trial]:
             yield Trial((document,), str(ask), answers, None, False, source, "any", most, measure)
 
 
-def _bamboo(path: Path) -> Iterator[Trial]:
+def bamboo(path: Path) -> Iterator[Trial]:
+    """Yield the rows of a BAMBOO question file: altqa, meetingqa, paperqa.
+
+    Raises:
+        EmptyCorpusError: the file is of another kind.
+    """
     for number, row in enumerate(read_rows(path)):
         if "content" not in row or "answer" not in row:
             raise EmptyCorpusError(f"rows of {path} have no content and answer; give a BAMBOO question file")

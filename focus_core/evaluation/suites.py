@@ -48,29 +48,29 @@ _INFINITE_RAW = {
 _OPTIONS = "ABCD"
 
 
-def longeval_lines(path: Path, trials: int) -> Iterator[Trial]:
+def longeval_lines(path: Path) -> Iterator[Trial]:
     """Yield LongEval line retrieval; raises :class:`EmptyCorpusError` if the file is of another kind."""
-    for row in _rows(path, "expected_number", trials):
+    for row in _rows(path, "expected_number"):
         found = _split(_LINES, row, path)
         label = f"{row['num_lines']} lines"
         yield Trial((Document("record", found[0]),), found[1], (str(row["expected_number"]),), None, False, label)
 
 
-def longeval_topics(path: Path, trials: int) -> Iterator[Trial]:
+def longeval_topics(path: Path) -> Iterator[Trial]:
     """Yield LongEval topic retrieval; raises :class:`EmptyCorpusError` if the file is of another kind."""
-    for row in _rows(path, "topics", trials):
+    for row in _rows(path, "topics"):
         found = _split(_TOPICS, row, path)
         label = f"{len(row['topics'])} topics"
         yield Trial((Document("record", found[0]),), found[1], (str(row["topics"][0]),), None, False, label)
 
 
-def multihop(path: Path, trials: int) -> Iterator[Trial]:
+def multihop(path: Path) -> Iterator[Trial]:
     """Yield HotpotQA or MuSiQue rows, each with all its own paragraphs as documents.
 
     Raises:
         EmptyCorpusError: the file is of another kind.
     """
-    for row in read_rows(path)[:trials]:
+    for row in read_rows(path):
         if "paragraphs" in row:
             texts = [f"{item['title']}\n{item['paragraph_text']}" for item in row["paragraphs"]]
             hops = sum(bool(item["is_supporting"]) for item in row["paragraphs"])
@@ -84,7 +84,7 @@ def multihop(path: Path, trials: int) -> Iterator[Trial]:
         yield Trial(documents, str(row["question"]), answers, None, False, f"{hops} hops")
 
 
-def longbench(path: Path, trials: int) -> Iterator[Trial]:
+def longbench(path: Path) -> Iterator[Trial]:
     """Yield the rows of a LongBench file; its data set is named in each row, or by the file.
 
     The suite's score is LongBench's: F1 for questions, ROUGE-L for summaries, class accuracy, edit similarity for code.
@@ -92,7 +92,7 @@ def longbench(path: Path, trials: int) -> Iterator[Trial]:
     Raises:
         EmptyCorpusError: the file is of another kind.
     """
-    for row in _rows(path, "context", trials):
+    for row in _rows(path, "context"):
         name = str(row.get("dataset") or _stem(path)).removesuffix("_e")
         ask = _LONGBENCH_ASK.get(name, "{input}").replace("{input}", str(row["input"]))
         answers = tuple(map(str, row["answers"]))
@@ -107,14 +107,14 @@ def longbench(path: Path, trials: int) -> Iterator[Trial]:
         yield Trial((document,), ask, answers, None, raw, name, "any", most, measure)
 
 
-def infinitebench(path: Path, trials: int) -> Iterator[Trial]:
+def infinitebench(path: Path) -> Iterator[Trial]:
     """Yield the rows of an InfiniteBench file; choices are listed in the question, and their text is the answer.
 
     Raises:
         EmptyCorpusError: the file is of another kind.
     """
     name = _stem(path)
-    for row in _rows(path, "context", trials):
+    for row in _rows(path, "context"):
         ask = _INFINITE_RAW.get(name, "{input}").replace("{input}", str(row["input"]))
         options = [str(option) for option in row.get("options") or ()]
         if options:
@@ -125,11 +125,11 @@ def infinitebench(path: Path, trials: int) -> Iterator[Trial]:
         yield Trial(documents, ask, answers, None, name in _INFINITE_RAW, name, "any", 48)
 
 
-def _rows(path: Path, field: str, trials: int) -> list[dict[str, Any]]:
+def _rows(path: Path, field: str) -> list[dict[str, Any]]:
     rows = read_rows(path)
     if field not in rows[0]:
         raise EmptyCorpusError(f"rows of {path} have no field {field!r}; give a file of this task")
-    return rows[:trials]
+    return rows
 
 
 def _split(pattern: re.Pattern[str], row: dict[str, Any], path: Path) -> tuple[str, str]:

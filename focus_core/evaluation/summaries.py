@@ -6,7 +6,6 @@ One document a question, the whole meeting or story; rows keep their order.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 from focus_core.corpus import Document
@@ -18,25 +17,12 @@ from focus_core.evaluation.trial import Trial
 _ROUGE = Measure("rouge-l")
 
 
-def qmsum(path: Path, trials: int) -> Iterator[Trial]:
+def qmsum(path: Path) -> Iterator[Trial]:
     """Yield QMSum's queries, the general ones of a meeting before the specific ones.
 
     Raises:
         EmptyCorpusError: the file is of another kind.
     """
-    return islice(_qmsum(path), trials)
-
-
-def squality(path: Path, trials: int) -> Iterator[Trial]:
-    """Yield SQuALITY's questions; each of the written answers is accepted.
-
-    Raises:
-        EmptyCorpusError: the file is of another kind.
-    """
-    return islice(_squality(path), trials)
-
-
-def _qmsum(path: Path) -> Iterator[Trial]:
     for number, row in enumerate(read_rows(path)):
         if not isinstance(row.get("meeting_transcripts"), list):
             raise EmptyCorpusError(f"rows of {path} have no meeting_transcripts; give a QMSum file")
@@ -47,7 +33,12 @@ def _qmsum(path: Path) -> Iterator[Trial]:
                 yield Trial(meeting, item["query"], (item["answer"],), None, False, kind, measure=_ROUGE)
 
 
-def _squality(path: Path) -> Iterator[Trial]:
+def squality(path: Path) -> Iterator[Trial]:
+    """Yield SQuALITY's questions; each of the written answers is accepted.
+
+    Raises:
+        EmptyCorpusError: the file is of another kind.
+    """
     for number, row in enumerate(read_rows(path)):
         if not isinstance(row.get("questions"), list) or "document" not in row:
             raise EmptyCorpusError(f"rows of {path} have no document and questions; give a SQuALITY file")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,8 +164,8 @@ def _few_shot(options: TaskOptions) -> Iterator[Trial]:
     return few_shot(options.haystack(), options.needed_file, options.trials, options.seed)
 
 
-def _from_file(loader: Callable[[Path, int], Iterator[Trial]]) -> Make:
-    return lambda options: loader(options.needed_file, options.trials)
+def _from_file(loader: Callable[[Path], Iterator[Trial]]) -> Make:
+    return lambda options: islice(loader(options.needed_file), options.trials)
 
 
 TASKS: dict[str, Task] = {
