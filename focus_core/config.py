@@ -64,6 +64,8 @@ class FocusConfig(_Json):
         candidate_bias: ``log_k`` lowers the score of every candidate by log k, so that k candidates that say the same
             weigh as one.
         top_candidates: each head of a local row attends only to so many candidates of the highest score; 0 to all.
+        first_candidate_layer: local rows attend to candidates from this layer on. Layer 0's candidates depend on the
+            token alone, so all k are equal there; 1 leaves them out.
     """
 
     window: int = 4096
@@ -74,6 +76,7 @@ class FocusConfig(_Json):
     local_mode: LocalMode = "incremental"
     candidate_bias: CandidateBias = "none"
     top_candidates: int = 0
+    first_candidate_layer: int = 0
 
     def __post_init__(self) -> None:
         _bounded("window", self.window, 8)
@@ -83,6 +86,7 @@ class FocusConfig(_Json):
         _one_of("local_mode", self.local_mode, LocalMode)
         _one_of("candidate_bias", self.candidate_bias, CandidateBias)
         _bounded("top_candidates", self.top_candidates, 0)
+        _bounded("first_candidate_layer", self.first_candidate_layer, 0)
         room = self.largest_chunk
         if self.chunk_size > room:
             raise ConfigError(
@@ -169,6 +173,7 @@ class TrainConfig(_Json):
         sink: start every row with the base's BOS.
         candidate_bias: see :class:`FocusConfig`; the adapter is served with what it was trained with.
         top_candidates: see :class:`FocusConfig`.
+        first_candidate_layer: see :class:`FocusConfig`.
         objective: ``dense`` supervises every local token from the split on; ``one_target`` one token an example, as
             the paper's published code does.
         mix: weight of each objective in the example stream.
@@ -208,6 +213,7 @@ class TrainConfig(_Json):
     sink: bool = True
     candidate_bias: CandidateBias = "none"
     top_candidates: int = 0
+    first_candidate_layer: int = 0
     objective: Objective = "dense"
     mix: dict[str, float] = field(
         default_factory=lambda: {
@@ -251,6 +257,7 @@ class TrainConfig(_Json):
         _one_of("teacher_memory", self.teacher_memory, TeacherMemory)
         _one_of("candidate_bias", self.candidate_bias, CandidateBias)
         _bounded("top_candidates", self.top_candidates, 0)
+        _bounded("first_candidate_layer", self.first_candidate_layer, 0)
         if self.learning_rate <= 0:
             raise ConfigError(f"learning_rate must be above 0; got {self.learning_rate}")
         self._check_sizes()

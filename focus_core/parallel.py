@@ -251,15 +251,17 @@ class Scoring:
     Args:
         bias: ``log_k`` lowers every candidate's score by log k.
         top: candidates that a head attends to; 0 is all.
+        first_layer: local rows of layers before it attend to no candidates.
     """
 
     bias: CandidateBias = "none"
     top: int = 0
+    first_layer: int = 0
 
     @classmethod
     def of(cls, settings: FocusConfig | TrainConfig) -> Self:
         """Return what an adapter's or a training run's settings say."""
-        return cls(settings.candidate_bias, settings.top_candidates)
+        return cls(settings.candidate_bias, settings.top_candidates, settings.first_candidate_layer)
 
     def lowered(self, candidates: int) -> float:
         """Return what is taken off each of the scores of ``candidates`` candidates."""
@@ -317,6 +319,10 @@ class LocalRows:
             bias = causal_bias(rows, key.shape[2], query.device) if rows > 1 else None
             local = attend(query, key, value, scale, softcap=softcap, bias=bias)
         if not self.groups:
+            return local.out.transpose(1, 2)
+        if layer < self.scoring.first_layer:
+            if self.record:
+                self.mass.append(query.new_zeros(query.shape[1], sum(len(group.indices) for group in self.groups)))
             return local.out.transpose(1, 2)
         candidate_key = torch.cat([group.keys for group in self.groups], dim=2)  # (T, kv_heads, k, head_dim)
         candidate_value = torch.cat([group.values for group in self.groups], dim=2)

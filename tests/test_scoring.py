@@ -1,4 +1,4 @@
-"""Check how local rows weigh candidates (-log k, the best m only), against attention written out by hand."""
+"""Check how local rows weigh candidates (-log k, the best m only, from a layer on), against attention written out by hand."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ CHUNKS = [*CHUNKS, [70, 71], [80, 81, 82, 83, 84, 85]]
 class ScoredOracle(Oracle):
     """The oracle with candidate scores changed: attention in plain matrices, candidates being the first keys."""
 
-    def __init__(self, *arguments, bias: str, top: int) -> None:
+    def __init__(self, *arguments, bias: str, top: int, first: int) -> None:
         super().__init__(*arguments)
-        self.bias, self.top, self.mass = bias, top, []
+        self.bias, self.top, self.first, self.mass = bias, top, first, []
         AttentionInterface.register("scored", self._attend)
 
     def logits(self, chunks, local, given, mode):
@@ -56,15 +56,17 @@ class ScoredOracle(Oracle):
                 kept = sorted(range(self.chunks), key=lambda index: -float(ours[index]))[: self.top or self.chunks]
                 for index in range(self.chunks):
                     lowered = ours[index] - (math.log(self.chunks) if self.bias == "log_k" else 0.0)
-                    ours[index] = lowered if index in kept else -torch.inf
+                    ours[index] = lowered if index in kept and module.layer_idx >= self.first else -torch.inf
         weights = scores.softmax(-1)
         self.mass.append(weights[0, :, -1, : self.chunks])
         return (weights @ value).transpose(1, 2), None
 
 
-@pytest.mark.parametrize(("bias", "top"), [("log_k", 0), ("none", 2), ("log_k", 1), ("none", 9)])
+@pytest.mark.parametrize(
+    ("bias", "top", "first"), [("log_k", 0, 0), ("none", 2, 0), ("log_k", 1, 0), ("none", 9, 0), ("none", 0, 1)]
+)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_decoding_and_training_weigh_candidates_as_the_oracle(family, bias, top, make_engine):
+def test_decoding_and_training_weigh_candidates_as_the_oracle(family, bias, top, first, make_engine):
     """Engine and dense logits, and the attention mass, == those of attention written out by hand; plain ones differ."""
     model = tiny_model(family).double()
     model.set_attn_implementation("eager")
@@ -77,9 +79,10 @@ def test_decoding_and_training_weigh_candidates_as_the_oracle(family, bias, top,
         if isinstance(module, CandidateLinear)
     }
     adapter.detach()
-    oracle = ScoredOracle(model, weights, "shared", 0, bias=bias, top=top)
+    oracle = ScoredOracle(model, weights, "shared", 0, bias=bias, top=top, first=first)
     expected = oracle.logits(CHUNKS, LOCAL, 4, "incremental")
-    engine = make_engine(family, model=model, dtype=torch.float64, scale=0.4, candidate_bias=bias, top_candidates=top)
+    settings = {"candidate_bias": bias, "top_candidates": top, "first_candidate_layer": first}
+    engine = make_engine(family, model=model, dtype=torch.float64, scale=0.4, **settings)
     reading = engine.reading(_memory_of(engine, CHUNKS).state, max_tokens=len(LOCAL))
     found = [reading.begin(LOCAL[:4])]
     found += [reading.step(token) for token in LOCAL[4:]]
@@ -89,18 +92,21 @@ def test_decoding_and_training_weigh_candidates_as_the_oracle(family, bias, top,
     query = Query((*LOCAL, 1), 4)
     chunks = encode_example(engine.base, Example(tuple(map(tuple, CHUNKS)), (query,), "test"), engine.sink)
     task = [Task(chunks, query)]
-    dense = dense_logits(engine.base, engine.adapter, task, 0, "shared", Scoring(bias, top))[0]
+    dense = dense_logits(engine.base, engine.adapter, task, 0, "shared", Scoring(bias, top, first))[0]
     torch.testing.assert_close(dense.detach().double(), expected, atol=2e-6, rtol=1e-5)
     plain = dense_logits(engine.base, engine.adapter, task, 0, "shared")[0]
-    assert torch.allclose(plain, dense, atol=1e-5) == (top >= len(CHUNKS))
+    assert torch.allclose(plain, dense, atol=1e-5) == (top >= len(CHUNKS))  # 9 of 4 changes nothing
 
 
 def test_scoring_comes_from_the_settings_and_is_checked():
     """Adapter and training settings give the same scoring; bad values are refused."""
     for kind in (FocusConfig, TrainConfig):
-        assert Scoring.of(kind()) == Scoring("none", 0)
-        assert Scoring.of(kind(candidate_bias="log_k", top_candidates=4)) == Scoring("log_k", 4)
+        assert Scoring.of(kind()) == Scoring("none", 0, 0)
+        settings = {"candidate_bias": "log_k", "top_candidates": 4, "first_candidate_layer": 1}
+        assert Scoring.of(kind(**settings)) == Scoring("log_k", 4, 1)
         with pytest.raises(ConfigError, match="candidate_bias must be one of none, log_k; got 'k'"):
             kind(candidate_bias="k")
         with pytest.raises(ConfigError, match="top_candidates must be at least 0; got -1"):
             kind(top_candidates=-1)
+        with pytest.raises(ConfigError, match="first_candidate_layer must be at least 0; got -1"):
+            kind(first_candidate_layer=-1)

@@ -47,7 +47,7 @@ def _one_by_one(base, adapter, chunks, query, positions, scoring):
     return base.logits(hidden[:, -query.targets :])[0]
 
 
-@pytest.mark.parametrize("scoring", [Scoring(), Scoring("log_k", 2)])
+@pytest.mark.parametrize("scoring", [Scoring(), Scoring("log_k", 2), Scoring(first_layer=1)])
 @pytest.mark.parametrize(
     ("family", "positions"),
     [("llama", "shared"), ("llama", "ordered"), ("qwen3", "shared"), ("gemma2", "shared"), ("phi3", "shared"),

@@ -129,6 +129,7 @@ def _focus(base: BaseDecoder, settings: TrainConfig, chunk_size: int) -> FocusCo
         sink=settings.sink,
         candidate_bias=settings.candidate_bias,
         top_candidates=settings.top_candidates,
+        first_candidate_layer=settings.first_candidate_layer,
     )
 
 

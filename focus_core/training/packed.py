@@ -187,11 +187,20 @@ class PackedExample:
         return packed_rows(merge(parts).out)
 
     def attend_local(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, scoring: Scoring
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None,
+        scoring: Scoring,
     ) -> Tensor:
         """Attend local rows to those before them and to the candidates of their step."""
         padded = [self.locals.pad(tensor) for tensor in (query, key, value)]
         local = self.locals.unpad(attend_causal(padded[0], padded[1], padded[2], scale, softcap=softcap), 1)
+        if layer < scoring.first_layer:
+            return local.out.transpose(1, 2)
         top = scoring.top or self.chunks.size
         first = attend_top(
             padded[0], self.keys[self.first_sets], self.values[self.first_sets], scale, top, softcap=softcap
@@ -272,7 +281,7 @@ def run(
             for example, (q, k, v) in zip(examples, blocks[count:], strict=True)
         ]
         locals_ = [
-            example.attend_local(q, k, v, scale, softcap, scoring)
+            example.attend_local(layer, q, k, v, scale, softcap, scoring)
             for example, (q, k, v) in zip(examples, blocks[:count], strict=True)
         ]
         return torch.cat([*locals_, *candidates], dim=1)
