@@ -82,6 +82,13 @@ class AttentionRecord:
         return total / total.sum().clamp_min(1e-12)
 
 
+def leading_chunks(scores: Tensor, share: float) -> list[int]:
+    """Return the fewest chunks, best first, whose (k,) scores make up ``share`` of the sum; at least one."""
+    best, order = scores.double().sort(descending=True, stable=True)
+    reached = best.cumsum(0) >= share * best.sum()
+    return order[: int(reached.int().argmax()) + 1].tolist() if bool(reached.any()) else order.tolist()
+
+
 def chunk_evidence(scores: Tensor, chunks: Sequence[Chunk], documents: dict[str, Document]) -> list[Evidence]:
     """Return one :class:`Evidence` a passage, best first; a packed chunk's score is shared by its spans' length."""
     found = []

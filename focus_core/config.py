@@ -115,6 +115,9 @@ class DecodeConfig(_Json):
         chunks_per_batch: chunks run together in a step; ``None`` chooses from free memory.
         reread: how many chunks, those with most attention, are also read whole in front of the local context; 0 is
             the paper's method, in which the local rows see candidates alone.
+        chunk_top_p: the answer is read from the chunks alone that together received this share of the attention at
+            the end of the prompt, as with ``top_p``; 1.0 goes on with all of them (the paper's method), ``None`` takes
+            the adapter's.
     """
 
     max_tokens: int = 128
@@ -128,10 +131,13 @@ class DecodeConfig(_Json):
     logprobs: int = 0
     chunks_per_batch: int | None = None
     reread: int = 0
+    chunk_top_p: float | None = None
 
     def __post_init__(self) -> None:
         _bounded("max_tokens", self.max_tokens, 1)
         _bounded("reread", self.reread, 0)
+        if self.chunk_top_p is not None:
+            _bounded("chunk_top_p", self.chunk_top_p, 0.0, 1.0)
         _bounded("temperature", self.temperature, 0.0)
         _bounded("top_p", self.top_p, 0.0, 1.0)
         _bounded("top_k", self.top_k, 0)

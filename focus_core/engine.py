@@ -51,6 +51,7 @@ class Usage:
         generated: of the answer, its end token included.
         chunks: k.
         reread: of the chunks read whole besides (``DecodeConfig.reread``).
+        kept: chunks that the answer was read from (``DecodeConfig.chunk_top_p``).
     """
 
     local: int
@@ -58,6 +59,7 @@ class Usage:
     generated: int
     chunks: int
     reread: int = 0
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ class AnswerStream:
             generated=len(generation.generated),
             chunks=len(state.chunks),
             reread=generation.reading.reread_tokens,
+            kept=generation.reading.candidates,
         )
         return Answer(
             text="".join(token.text for token in self._tokens).strip(),
@@ -387,6 +390,8 @@ class FocusEngine:
         if not local:
             raise ConfigError("the question is empty; ask something")
         decode = _decode(decode, options)
+        if decode.chunk_top_p is None:
+            decode = replace(decode, chunk_top_p=self.info.chunk_top_p)
         if memory is not None and (memory.encoder.base is not self.base or memory.encoder.sink != self.sink):
             raise ConfigError("this memory belongs to another engine; save it and load it with this one's load_memory")
         state = memory.state if memory is not None else MemoryState({}, (), ())

@@ -24,7 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from focus_core.attribution import AttentionRecord
+from focus_core.attribution import AttentionRecord, leading_chunks
 from focus_core.config import DecodeConfig
 from focus_core.constraints import Constraint
 from focus_core.errors import CancelledError
@@ -90,6 +90,10 @@ class Generation:
         try:
             logits = self.reading.begin(local, self.opening)
             mass = self.reading.mass
+            if self.decode.chunk_top_p is not None and self.decode.chunk_top_p < 1 and mass:
+                kept = leading_chunks(self.record.scores_of(mass), self.decode.chunk_top_p)
+                if len(kept) < self.reading.chunks:
+                    logits = self.reading.narrow(kept)
             if self.decode.reread and mass:
                 closer = self.reading.reread(self._best_chunks(mass), self.tokenizer.encode("\n\n"))
                 logits = logits if closer is None else closer

@@ -63,6 +63,7 @@ class AdapterInfo:
         question_template: how a question is put to the model; ``{question}`` stands for it.
         system: system turn it was trained with, or ``None``.
         attribution_heads: (layer, head) pairs whose attention names the sources; empty means all.
+        chunk_top_p: share of attention whose chunks an answer is read from, where a request does not say.
     """
 
     base: str
@@ -72,6 +73,7 @@ class AdapterInfo:
     question_template: str = "{question}"
     system: str | None = None
     attribution_heads: tuple[tuple[int, int], ...] = ()
+    chunk_top_p: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -84,6 +86,7 @@ class AdapterInfo:
             "question_template": self.question_template,
             "system": self.system,
             "attribution_heads": [list(pair) for pair in self.attribution_heads],
+            "chunk_top_p": self.chunk_top_p,
         }
 
 

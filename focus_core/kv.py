@@ -7,6 +7,8 @@ model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +52,10 @@ class ChunkBatch:
         """Return chunks ``start`` to ``stop`` as a view, cut to their longest: no copy."""
         lengths = self.lengths[start:stop]
         return ChunkBatch(self.data[:, :, start:stop, :, : max(lengths)], lengths)
+
+    def choose(self, indices: Sequence[int]) -> ChunkBatch:
+        """Return some chunks as a batch of their own: a copy, cut to their longest."""
+        return ChunkBatch.gather([self.chunk(index) for index in indices])
 
     def chunk(self, index: int) -> Tensor:
         """Return one chunk's (layers, 2, kv_heads, length, head_dim) without padding, as a view."""
@@ -118,6 +124,12 @@ class Suffix(GrowingKV):
     def __init__(self, like: ChunkBatch, capacity: int) -> None:
         layers, _, chunks, kv_heads, _, head_dim = like.data.shape
         super().__init__(like.data.new_empty(layers, 2, chunks, kv_heads, max(capacity, 1), head_dim))
+
+    def choose(self, chunks: Sequence[int]) -> Suffix:
+        """Return a copy that stands behind some of the chunks alone."""
+        chosen = copy(self)
+        chosen.data = self.data[:, :, list(chunks)]
+        return chosen
 
 
 def rotation(inverse_frequencies: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

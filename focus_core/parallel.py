@@ -9,7 +9,7 @@ is cancelled leaves what was committed before it unchanged.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -36,6 +36,8 @@ from focus_core.kv import ChunkBatch, GrowingKV, Suffix, move_keys, rotation
 
 Check = Callable[[], None]
 """Called between layers; raises to cancel."""
+
+_FEW = 0.25  # a smaller share of a batch's chunks is copied when the others are left out
 
 
 def _never() -> None:
@@ -119,7 +121,8 @@ class ChunkRows:
         candidates: (T,) ids that run as candidates; decoding has T = 1.
         visible: (T,) suffix tokens each candidate sees, the new ordinary ones included.
         rows: of each of ``indices``, its row in ``chunks``: equal chunks share one, and so their candidate, which
-            stands in front of the local rows once for each. ``None`` where every chunk has its own.
+            stands in front of the local rows once for each; a row that is not named stands nowhere. ``None`` where
+            every chunk has its own, in order.
     """
 
     chunks: ChunkBatch
@@ -137,6 +140,26 @@ class ChunkRows:
     _chunk_bias: Tensor | None = None
     _copies: Tensor | None = None
 
+    def only(self, numbers: Mapping[int, int]) -> ChunkRows | None:
+        """Return the rows of some chunks alone, with what their suffixes hold; ``None`` if no such chunk is here.
+
+        Their KV is copied where they are few; where they are many they stay where they are, beside rows not shown.
+
+        Args:
+            numbers: of the wanted chunks, ``indices`` to what they shall be.
+        """
+        rows = range(self.chunks.size) if self.rows is None else self.rows
+        kept = [(numbers[index], row) for index, row in zip(self.indices, rows, strict=True) if index in numbers]
+        if not kept:
+            return None
+        chunks, suffix, places = self.chunks, self.suffix, sorted({row for _, row in kept})
+        if len(places) <= _FEW * chunks.size:
+            chunks, suffix = chunks.choose(places), suffix.choose(places)
+            kept = [(number, places.index(row)) for number, row in kept]
+        indices, rows = [number for number, _ in kept], [row for _, row in kept]
+        none = torch.empty(0, dtype=torch.long)
+        return ChunkRows(chunks, suffix, indices, len(numbers), none, none, none, rows=rows)
+
     def prepare(self, base: BaseDecoder, positions: Positions) -> None:
         """Make masks and the rotation that brings candidate keys in front of the local row."""
         device = base.device
@@ -149,7 +172,7 @@ class ChunkRows:
             self._suffix_bias = torch.cat([causal_bias(rows, seen, device), candidate_bias], dim=2)
         self._copies = None
         lengths = torch.tensor(self.chunks.lengths)
-        if self.rows is not None and len(self.rows) > self.chunks.size:
+        if self.rows is not None and list(self.rows) != list(range(self.chunks.size)):
             copies = torch.tensor(self.rows)
             lengths, self._copies = lengths[copies], copies.to(device)
         if base.rotary:

@@ -74,13 +74,19 @@ class Reading:
         self.mass: list[Tensor] = []
         self.prompt_tokens = 0
         self.reread_tokens = 0
+        self._kept: list[int] | None = None
         self._groups: list[ChunkRows] = []
         self._cache: LocalCache | None = None
 
     @property
     def chunks(self) -> int:
-        """k, the number of candidates."""
+        """k, the number of chunks in memory."""
         return len(self.state.chunks)
+
+    @property
+    def candidates(self) -> int:
+        """How many of them stand in front of the local rows: k, or fewer after :meth:`narrow`."""
+        return self.chunks if self._kept is None else len(self._kept)
 
     def begin(self, ids: Sequence[int], opening: int = 0) -> Tensor:
         """Inject the dynamic prompt behind every chunk and read the local context (method steps 2-4).
@@ -129,6 +135,24 @@ class Reading:
         local = [token] if self.focus.local_mode == "incremental" else self._local_row()
         return self._sweep(previous, local, self._calls())
 
+    def narrow(self, chunks: Sequence[int]) -> Tensor:
+        """Go on with some chunks alone: what follows is what a memory of these would give.
+
+        The local context is read again with their candidates; steps renew no other ones, and :attr:`mass` is zero at
+        the others. Call it after :meth:`begin` and before any :meth:`step`.
+
+        Args:
+            chunks: their numbers, at least one.
+
+        Returns:
+            (vocabulary,) float32 logits of the next token.
+        """
+        self._kept = sorted(set(chunks))
+        numbers = {index: number for number, index in enumerate(self._kept)}
+        self._groups = [kept for group in self._groups if (kept := group.only(numbers)) is not None]
+        self._cache = None
+        return self._sweep(torch.empty(0, dtype=torch.long), self._local_row(), self._calls())
+
     def reread(self, chunks: Sequence[int], separator: Sequence[int] = ()) -> Tensor | None:
         """Put whole chunks in front of the local context and read it again, with the same candidates.
 
@@ -142,7 +166,7 @@ class Reading:
         Returns:
             (vocabulary,) float32 logits of the next token, or ``None`` if not one of them fits.
         """
-        positions = self.base.window - local_start(self.chunks, self.focus.positions)
+        positions = self.base.window - local_start(self.candidates, self.focus.positions)
         room = min(self.focus.window, positions) - 1 - len(self.ids) - self.max_tokens
         kept = []
         for index in chunks:
@@ -209,7 +233,7 @@ class Reading:
         if self.focus.local_mode == "incremental" and self._cache is None:
             self._cache = LocalCache(self.base, len(local_ids) + self.max_tokens)
         used = self._cache.used if self._cache is not None else 0
-        position = local_start(self.chunks, self.focus.positions) + used
+        position = local_start(self.candidates, self.focus.positions) + used
         groups = [group for call in calls for group in call]
         local = LocalRows(
             torch.tensor(local_ids),
@@ -224,8 +248,16 @@ class Reading:
         hidden = self.passes.run(Pass(calls, local, self.focus.positions, self.check, small))
         with torch.no_grad():
             order = torch.tensor([index for group in groups for index in group.indices], dtype=torch.long).argsort()
-            self.mass = [mass[:, order.to(mass.device)] for mass in local.mass]  # from batch to memory order
+            self.mass = [self._in_memory(mass[:, order.to(mass.device)]) for mass in local.mass]
             return self.base.logits(hidden[:, -1:])[0, 0].float()
+
+    def _in_memory(self, mass: Tensor) -> Tensor:
+        """(heads, candidates) -> (heads, k)."""
+        if self._kept is None:
+            return mass
+        whole = mass.new_zeros(mass.shape[0], self.chunks)
+        whole[:, self._kept] = mass
+        return whole
 
     def _make_groups(self, size: int) -> list[ChunkRows]:
         place = {id(chunk): index for index, chunk in enumerate(self.state.chunks)}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 from focus_core import DecodeConfig, Document, FocusConfig, FocusEngine, TrainConfig, load_documents
-from focus_core.attribution import AttentionRecord, save_heatmap
+from focus_core.attribution import AttentionRecord, leading_chunks, save_heatmap
 from focus_core.candidate import CandidateAdapter
 from focus_core.errors import (
     AdapterError,
@@ -137,6 +138,56 @@ def test_rereading_takes_the_chunk_with_most_attention(make_engine):
     assert closer.tokens[0].logprob != plain.tokens[0].logprob
     assert closer.usage.reread == len(memory.chunks[best].ids) + len(separator)
     assert closer.passages == plain.passages  # what was attended to before rereading
+
+
+def test_answers_come_from_the_chunks_with_the_wanted_share_of_attention(make_engine):
+    """chunk_top_p == a memory of the leading chunks; sources keep what all chunks received at the prompt's end."""
+    engine = make_engine("llama", heads=((1, 2),), scale=0.5)
+    texts = ["the cat sat on the mat. " * 3, "a dog ate the hat? " * 2, "hat mat cat dog", "mat. " * 5, "dog? yes!"]
+    memory = engine.remember(texts)
+    plain = engine.answer("who ate the hat?", memory, max_tokens=4)
+    first = plain.attention[0]
+    order = first.argsort(descending=True).tolist()
+    best = sorted(order[:2])
+    share = float((first[best].sum() - first[order[1]] / 2) / first.sum())
+    answer = engine.answer("who ate the hat?", memory, max_tokens=4, chunk_top_p=share)
+    alone = engine.answer("who ate the hat?", engine.remember([texts[index] for index in best]), max_tokens=4)
+    assert [token.id for token in answer.tokens] == [token.id for token in alone.tokens]
+    for one, other, before in zip(answer.tokens, alone.tokens, plain.tokens, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
+        assert one.logprob != pytest.approx(before.logprob, abs=1e-5)
+    torch.testing.assert_close(answer.attention[0], first)
+    torch.testing.assert_close(answer.attention[1:, best], alone.attention[1:], atol=1e-6, rtol=1e-4)
+    assert [bool(column.any()) for column in answer.attention[1:].T] == [index in best for index in range(5)]
+    assert (answer.usage.kept, answer.usage.chunks, plain.usage.kept) == (2, 5, 5)
+    assert {item.document_id for item in answer.evidence} == {item.document_id for item in plain.evidence}
+
+
+def test_the_adapter_says_how_much_attention_is_followed(make_engine):
+    """A request without chunk_top_p takes the adapter's; 0 keeps the best chunk; shares outside 0..1 are refused."""
+    engine = make_engine("llama", scale=0.5)
+    memory = engine.remember(DOCUMENTS)
+    engine.info = replace(engine.info, chunk_top_p=0.0)
+    assert engine.answer("who?", memory, max_tokens=1).usage.kept == 1
+    assert engine.answer("who?", memory, max_tokens=1, chunk_top_p=1.0).usage.kept == len(memory)
+    assert engine.answer("who?", max_tokens=1).usage.kept == 0
+    with pytest.raises(ConfigError, match=r"chunk_top_p must be between 0\.0 and 1\.0; got 1\.5"):
+        engine.answer("who?", memory, chunk_top_p=1.5)
+
+
+@pytest.mark.parametrize(
+    ("scores", "share", "expected"),
+    [
+        ([0.1, 0.6, 0.3], 0.6, [1]),
+        ([0.1, 0.6, 0.3], 0.61, [1, 2]),
+        ([0.1, 0.6, 0.3], 0.0, [1]),
+        ([0.1, 0.6, 0.3], 1.0, [1, 2, 0]),
+        ([0.0, 0.0], 0.5, [0]),
+    ],
+)
+def test_leading_chunks_are_the_fewest_with_the_share(scores, share, expected):
+    """Best first, at least one; where nothing was attended to, the first."""
+    assert leading_chunks(torch.tensor(scores), share) == expected
 
 
 def test_packing_shares_chunks_and_removal_reads_the_rest_again(make_engine):

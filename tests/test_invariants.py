@@ -155,6 +155,32 @@ def test_3_rereading_equals_the_oracle(family, mode, make_engine):
     assert reading.reread_tokens == len(front)
 
 
+@pytest.mark.parametrize("mode", ["incremental", "exact"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
+def test_3_narrowing_equals_the_oracle_with_those_chunks_alone(family, mode, make_engine):
+    """Few of many (copied), most (left where they are), one, equal ones: logits == those of these chunks as memory."""
+    chunks = [*CHUNKS, [70, 71], CHUNKS[1], [80, 81, 82, 83], [90], CHUNKS[1]]
+    positions = positions_of(family)[0]
+    model, _, adapter = build(family)
+    weights = candidate_weights(model)
+    adapter.detach()
+    oracle = Oracle(model, weights, positions, 0)
+    whole = oracle.logits(chunks, LOCAL, 4, mode)
+    choices = [[5], [6, 0], [0, 2, 3, 5, 6], [1, 4, 7], list(range(len(chunks)))]
+    alone = [oracle.logits([chunks[index] for index in sorted(kept)], LOCAL, 4, mode) for kept in choices]
+    engine = make_engine(family, model=model, dtype=torch.float64, positions=positions, local_mode=mode)
+    state = _memory_of(engine, chunks).state
+    for kept, expected in zip(choices, alone, strict=True):
+        for size in (None, 2):
+            reading = engine.reading(state, max_tokens=len(LOCAL), chunks_per_batch=size)
+            torch.testing.assert_close(reading.begin(LOCAL[:4]).double(), whole[0], atol=2e-6, rtol=1e-5)
+            found = [reading.narrow(kept)] + [reading.step(token) for token in LOCAL[4:]]
+            torch.testing.assert_close(torch.stack(found).double(), expected, atol=2e-6, rtol=1e-5)
+            assert (reading.chunks, reading.candidates) == (len(chunks), len(kept))
+            for mass in reading.mass:
+                assert [bool(at.any()) for at in mass.T] == [index in kept for index in range(len(chunks))]
+
+
 def test_3_rereading_leaves_out_what_the_window_has_no_room_for(make_engine):
     """The best chunk that fits is read, a worse one behind a full window is not; no room at all changes nothing."""
     engine = make_engine("llama", window=40, chunk_size=20, prompt_length=8)

@@ -1,4 +1,4 @@
-"""Check how local rows weigh candidates (-log k, the best m only, from a layer on), against attention written out by hand."""
+"""Check how local rows weigh candidates (-log k, the best m, from a layer on), against attention written by hand."""
 
 from __future__ import annotations
 

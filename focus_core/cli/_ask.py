@@ -16,6 +16,7 @@ from focus_core.cli._shared import (
     Adapter,
     Base,
     ChunkSize,
+    ChunkTopP,
     Device,
     MaxTokens,
     MemoryFolder,
@@ -48,6 +49,7 @@ def ask(
     chunks_per_batch: Annotated[
         int | None, typer.Option(help="Chunks run together. [default: from free memory]")
     ] = None,
+    chunk_top_p: ChunkTopP = None,
     reread: Reread = 0,
     sources: Annotated[int, typer.Option(help="How many sources to show.")] = 5,
     heatmap: Annotated[Path | None, typer.Option(help="Draw the attention on every chunk to this image.")] = None,
@@ -66,6 +68,7 @@ def ask(
         seed=seed,
         stop=stop or (),
         chunks_per_batch=chunks_per_batch,
+        chunk_top_p=chunk_top_p,
         reread=reread,
     )
     started = time.monotonic()
@@ -100,8 +103,9 @@ def ask(
         return
     _print_sources(answer, sources)
     note.print(
-        f"{answer.usage.chunks} chunks, {answer.usage.memory:,} tokens read; "
-        f"{answer.usage.generated} tokens in {seconds:.1f} s",
+        f"{answer.usage.chunks} chunks, {answer.usage.memory:,} tokens read"
+        + (f", answered from {answer.usage.kept} of them; " if answer.usage.kept < answer.usage.chunks else "; ")
+        + f"{answer.usage.generated} tokens in {seconds:.1f} s",
         style="dim",
     )
 
@@ -117,6 +121,7 @@ def chat(
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
     seed: Seed = None,
+    chunk_top_p: ChunkTopP = None,
     reread: Reread = 0,
 ) -> None:
     """Talk about files and folders; an empty line or Ctrl-D ends it, Ctrl-C stops an answer.
@@ -138,7 +143,7 @@ def chat(
             return
         turns.append(Message("user", engine.info.question_template.replace("{question}", question)))
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "reread": reread}
-        with engine.chat(turns, held, **options) as stream:
+        with engine.chat(turns, held, chunk_top_p=chunk_top_p, **options) as stream:
             try:
                 for piece in stream:
                     print(piece, end="", flush=True)

@@ -30,6 +30,10 @@ ChunkSize = Annotated[int | None, typer.Option(help="Most tokens of a chunk. [de
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: what there is]")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens of the answer.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+ChunkTopP = Annotated[
+    float | None,
+    typer.Option(help="Answer from the chunks with this share of the attention; 1 for all. [default: the adapter's]"),
+]
 Reread = Annotated[int, typer.Option(help="Also read this many chunks whole, those with most attention.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling reproducible.")]
 

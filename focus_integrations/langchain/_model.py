@@ -39,6 +39,7 @@ _SAMPLING = (
     "seed",
     "logprobs",
     "reread",
+    "chunk_top_p",
     "chunks_per_batch",
 )
 _PER_CALL = (
@@ -142,6 +143,8 @@ class FocusModel(FocusCorpus):
     """Strings that end an answer."""
     logprobs: int = 0
     """Alternatives to report per token; 0 reports no log-probabilities."""
+    chunk_top_p: float | None = None
+    """Answers are read from the chunks that got this share of the attention; 1 for all, the adapter's if not given."""
     reread: int = 0
     """Chunks with most attention that are read again, whole."""
     chunks_per_batch: int | None = None

@@ -99,6 +99,9 @@ class FocusLLM(FunctionCallingLLM):
     seed: int | None = Field(default=None, description="Makes sampling reproducible, per request.")
     stop: list[str] | None = Field(default=None, description="Strings that end an answer.")
     logprobs: int = Field(default=0, description="Alternatives to report per token; 0 reports none.")
+    chunk_top_p: float | None = Field(
+        default=None, description="Share of attention whose chunks an answer is read from; 1: all, None: the adapter's."
+    )
     reread: int = Field(default=0, description="Chunks with most attention that are read again, whole.")
     chunks_per_batch: int | None = Field(
         default=None, description="Chunks run together in a step; chosen from free memory if None."
