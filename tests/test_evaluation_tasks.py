@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zipfile
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from focus_core.errors import ConfigError, CorpusError, EmptyCorpusError
+from focus_core.errors import ConfigError, CorpusError, DocumentNotFoundError, EmptyCorpusError
+from focus_core.evaluation.files import local_file
 from focus_core.evaluation.haystack import FILLER, Haystack
 from focus_core.evaluation.needles import ASK, HEAD
 from focus_core.evaluation.scores import Measure
@@ -441,6 +444,26 @@ def test_few_shot_shows_every_class_before_one_again(options, tmp_path):
     (tmp_path / "test.jsonl").unlink()
     with pytest.raises(EmptyCorpusError, match="no test"):
         make("few-shot", replace(options, file=tmp_path))
+
+
+def test_files_are_fetched_once_from_addresses(tmp_path, monkeypatch):
+    """A member of an archive is read like a file, then from the cache; two archives do not mix; failures are named."""
+    monkeypatch.setenv("FOCUSLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    row = {"input": "who?", "context": "It was Ann.", "answers": ["Ann"], "dataset": "narrativeqa"}
+    for name in ("one", "two"):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr("data/narrativeqa.jsonl", json.dumps(row | {"context": name}))
+    places = [local_file(f"zip://data/narrativeqa.jsonl::{tmp_path / name}.zip") for name in ("one", "two")]
+    trials = [next(TASKS["longbench"].make(TaskOptions(None, 1, file=place))) for place in places]
+    assert [trial.documents[0].text for trial in trials] == ["one", "two"]
+    (tmp_path / "one.zip").unlink()
+    assert local_file(f"zip://data/narrativeqa.jsonl::{tmp_path}/one.zip") == places[0]
+    assert local_file("a/b.jsonl") == Path("a/b.jsonl")
+    for bad in (f"zip://other.jsonl::{tmp_path}/two.zip", "hf://datasets/THUDM/LongBench/data.zip", "ftpx://a/b"):
+        with pytest.raises(DocumentNotFoundError, match=f"cannot fetch '{bad}'.*give a file of this machine"):
+            local_file(bad)
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if TASKS[name].varies == "nothing" or name == "kv"])

@@ -29,8 +29,8 @@ def evaluate(
     lengths: Annotated[str, typer.Option(help="Memory tokens, such as 1k,4k,8k.")] = "1k,4k,8k",
     documents: Annotated[str, typer.Option(help="Documents in memory, such as 10,20.")] = "10",
     chunk_sizes: Annotated[str | None, typer.Option(help="Such as 128,512. [default: the adapter's]")] = None,
-    file: Annotated[Path | None, typer.Option(help="Data of the task, plain or gzipped.")] = None,
-    filler: Annotated[Path | None, typer.Option(help="Natural text to hide things in. [default: repeated]")] = None,
+    file: Annotated[str | None, typer.Option(help="Data of the task, plain or gzipped: a path or an address.")] = None,
+    filler: Annotated[str | None, typer.Option(help="Natural text to hide things in. [default: repeated]")] = None,
     distractors: Annotated[int, typer.Option(help="Passkey: keys of others beside the wanted one.")] = 0,
     given: Annotated[int, typer.Option(help="Perplexity: local tokens before the 256 that are scored.")] = 256,
     trials: Annotated[int, typer.Option(help="Trials of each row; texts, for perplexity.")] = 20,
@@ -41,6 +41,7 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Make a table of results; run it again to resume. Tasks and methods are in docs/evaluation.md."""
+    from focus_core.evaluation.files import local_file
     from focus_core.evaluation.methods import parse_methods
     from focus_core.evaluation.tables import make_plans
     from focus_core.evaluation.tasks import TASKS, TaskOptions
@@ -48,10 +49,9 @@ def evaluate(
     if task not in TASKS and task not in OWN_TABLES:
         raise ConfigError(f"unknown task {task!r}; choose {', '.join([*TASKS, *OWN_TABLES])}")
     asked = parse_methods(methods)
+    data, text = (local_file(place) if place is not None else None for place in (file, filler))
     engine = open_engine(base, adapter, None, device)
-    options = TaskOptions(
-        engine.tokenizer, trials, seed, chunk_size=0, distractors=distractors, file=file, filler=filler
-    )
+    options = TaskOptions(engine.tokenizer, trials, seed, chunk_size=0, distractors=distractors, file=data, filler=text)
     if task == "heads":
         _choose_heads(engine, options, numbers(documents)[0], output)
         return

@@ -1,4 +1,4 @@
-"""Read what tasks are made of: texts and JSON lines, gzipped or not. The module knows no task."""
+"""Read what tasks are made of: texts and JSON lines, gzipped or not, here or elsewhere. The module knows no task."""
 
 from __future__ import annotations
 
@@ -8,9 +8,34 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from focus_core.errors import DocumentNotFoundError, EmptyCorpusError, NotTextError
+from focus_core.hub import cache_folder
 
 _TEXT_FIELDS = ("text", "content", "context")
+
+
+def local_file(place: str) -> Path:
+    """Return the path of a file, fetched once and kept if ``place`` is an address that fsspec can open.
+
+    Args:
+        place: a path, ``hf://datasets/OWNER/NAME/FILE`` for a file of a hub repository, ``https://...``, or
+            ``zip://MEMBER::ADDRESS`` for a file of an archive.
+
+    Raises:
+        DocumentNotFoundError: it cannot be fetched.
+    """
+    if "://" not in place:
+        return Path(place)
+    folder = cache_folder() / "data" / hashlib.sha256(place.encode()).hexdigest()[:16]
+    keep = {"cache_storage": str(folder), "same_names": True}
+    try:
+        return Path(fsspec.open_local(f"simplecache::{place}", simplecache=keep))
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise DocumentNotFoundError(
+            f"cannot fetch {place!r} ({error}); check the address and the network, or give a file of this machine"
+        ) from error
 
 
 def read_text(path: Path) -> str:
