@@ -153,7 +153,7 @@ class DecodeConfig(_Json):
 
 Schedule = Literal["linear", "cosine"]
 Objective = Literal["dense", "one_target"]
-TeacherMemory = Literal["all", "gold"]
+TeacherMemory = Literal["all", "end", "gold"]
 OBJECTIVES = ("reconstruction", "continuation", "question", "cloze", "needle")
 NEEDLE_SHAPES = ("number", "code", "date", "name", "phrase", "word")
 _STAGED = (
@@ -199,7 +199,8 @@ class TrainConfig(_Json):
         stages: settings that hold for the first part of the run: ``{"until": 0.25, "max_chunks": 16}`` for the first
             quarter; the first stage that a step falls into counts, after the last one the settings above do.
         distillation: weight of the KL divergence from the base that reads the memory in its own window, per objective.
-        teacher_memory: what that base reads: ``all`` chunks, or the ``gold`` ones of the local context.
+        teacher_memory: what that base reads: ``all`` chunks (no teacher where they do not fit), the last ones that fit
+            (``end``), or the ``gold`` ones of the local context.
         eval_every: steps between measurements of the held-out loss; 0 never measures and holds nothing out.
         eval_examples: examples that it is measured on, always the same, and dense whatever is trained.
         eval_mix: weight of each objective in them; empty is ``mix``. Give it to compare runs of different ``mix``.

@@ -110,6 +110,20 @@ def test_the_teacher_is_the_base_alone(taught, memory):
     assert teacher_logits(base, longer, longer.queries[0], 0, memory) is None
 
 
+def test_a_teacher_of_the_end_reads_the_last_chunks_that_fit(taught):
+    """Three chunks that fit: what a teacher of all says; 200 chunks: transformers' forward of the last that fit."""
+    base, _, example = taught
+    query = example.queries[0]
+    whole = teacher_logits(base, example, query, 0, "all")
+    torch.testing.assert_close(teacher_logits(base, example, query, 0, "end"), whole)
+    chunks = tuple((3 + n % 40,) * 6 for n in range(200))
+    kept = (base.window - len(LOCAL)) // 6
+    text = [0, *(token for chunk in chunks[-kept:] for token in chunk), *LOCAL[:-1]]
+    expected = tiny_model("llama")(torch.tensor([text])).logits[0, -3:]
+    found = teacher_logits(base, Example(chunks, (query,), "continuation"), query, 0, "end")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_divergence_is_zero_for_equal_logits_and_else_the_sum_by_hand():
     """KL(p || q) == sum of p log(p / q), mean over targets; 0 where p == q."""
     teacher, student = torch.randn(3, 11), torch.randn(3, 11)

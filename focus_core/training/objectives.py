@@ -179,14 +179,19 @@ def teacher_logits(
         example: holds the chunks.
         query: one of its local contexts.
         sink: starts the text, or ``None``.
-        memory: ``all`` chunks, or the query's ``gold`` ones where they are known.
+        memory: ``all`` chunks, the last ones that fit (``end``), or the query's ``gold`` ones where they are known.
 
     Returns:
         (n - s, vocabulary) float32 logits of the targets; ``None`` where the text is longer than the window.
     """
     wanted = query.gold if memory == "gold" and query.gold else range(len(example.chunks))
+    chunks = [example.chunks[index] for index in wanted]
     head = [] if sink is None else [sink]
-    text = [*head, *(token for index in wanted for token in example.chunks[index]), *query.ids[:-1]]
+    room = base.window - len(head) - len(query.ids[:-1])
+    if memory == "end":
+        while sum(map(len, chunks)) > room:
+            chunks = chunks[1:]
+    text = [*head, *(token for chunk in chunks for token in chunk), *query.ids[:-1]]
     if len(text) > base.window:
         return None
     ids = torch.tensor([text], device=base.device)
