@@ -93,6 +93,23 @@ def test_the_table_states_counts_and_intervals(tmp_path):
     assert lines[-1] == "k seen in training: up to 96"
 
 
+def test_the_markdown_gathers_all_runs_of_a_folder(focusllm, tmp_path):
+    """A second command with another length, then another method: three rows, by length, own method first."""
+    arguments = ["eval", "passkey", "--chunk-sizes", "64", "--trials", 1, "--output", tmp_path]
+    short = "focusllm:max_tokens=2"
+    for length, method in (("1000", short), ("200", short), ("200", "bm25")):
+        focusllm(*arguments, "--lengths", length, "--methods", method)
+    (tmp_path / "questions-3.focusllm.json").write_text("another task's")
+    _, out, _ = focusllm(*arguments, "--lengths", "1000", "--methods", short)
+    rows = [line.split(" | ")[:2] for line in (tmp_path / "passkey.md").read_text().splitlines()[2:5]]
+    assert rows == [
+        ["| passkey-200-c64", short],
+        ["| passkey-200-c64", "bm25"],
+        ["| passkey-1000-c64", short],
+    ]
+    assert "passkey-200" not in out
+
+
 def test_plots_gather_all_runs_of_a_folder(tmp_path):
     """Points of two lengths, two methods and two chunk sizes are told apart; an image appears for each axis."""
     for tokens in (1000, 4000):

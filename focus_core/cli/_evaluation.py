@@ -87,7 +87,7 @@ def bench(
 def _run_task(name: str, plans: list[Plan], methods: list[Method], output: Path) -> None:
     from focus_core.evaluation.cache import ChunkCache
     from focus_core.evaluation.runner import run
-    from focus_core.evaluation.tables import HEADER, filled_columns, row_cells
+    from focus_core.evaluation.tables import HEADER, row_cells
     from focus_core.evaluation.tasks import TASKS
 
     rows = []
@@ -108,7 +108,7 @@ def _run_task(name: str, plans: list[Plan], methods: list[Method], output: Path)
                     cache=cache,
                 )
             rows.append(row)
-    _show(output, name, *filled_columns(HEADER, [row_cells(row) for row in rows]), plans)
+    _show(output, name, HEADER, [row_cells(row) for row in rows], plans)
 
 
 def _run_perplexity(plans: list[Plan], given: int, longest: int, output: Path) -> None:
@@ -137,16 +137,17 @@ def _run_perplexity(plans: list[Plan], given: int, longest: int, output: Path) -
 
 
 def _show(output: Path, name: str, header: list[str], rows: list[list[str]], plans: list[Plan]) -> None:
-    """Print the table, and write it and its plots beside the predictions."""
+    """Print the table, and write that of all rows of the folder, and plots, beside the predictions."""
     from focus_core.evaluation.plots import draw_folder
-    from focus_core.evaluation.tables import trained_note, write_markdown
+    from focus_core.evaluation.tables import filled_columns, read_rows, trained_note, write_markdown
 
-    table = Table(*header)
-    for row in rows:
+    shown, cells = filled_columns(header, rows)
+    table = Table(*shown)
+    for row in cells:
         table.add_row(*row)
     Console(width=160).print(table)
     trained = plans[0].engine.info.trained
-    write_markdown(output / f"{name}.md", header, rows, trained)
+    write_markdown(output / f"{name}.md", *filled_columns(header, read_rows(output, name)), trained)
     written = [output / f"{name}.md", *draw_folder(output, name)]
     note.print(f"{trained_note(trained)}; written: {', '.join(map(str, written))}", style="dim")
 

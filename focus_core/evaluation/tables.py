@@ -1,12 +1,14 @@
-"""Lay out what one command runs, and the table that it prints: rows of settings, columns of results, Markdown.
+"""Lay out what one command runs, and its tables: rows of settings, columns of results, Markdown.
 
-Nothing is run here; the same cells go to the screen and into the Markdown file.
+Nothing is run here. The screen shows the rows of a command, the Markdown file all that a folder has gathered.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,20 @@ def perplexity_cells(row: PerplexityRow) -> Cells:
         f"{row.chunks:.0f}",
         f"{row.seconds:.0f}",
     ]
+
+
+def read_rows(folder: Path, task: str) -> list[Cells]:
+    """Return the cells of every row of a task that a folder's metrics files hold: by setting, own methods first."""
+    cells = []
+    for path in [*folder.glob(f"{task}.*json"), *folder.glob(f"{task}-*.json")]:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        name, method = str(facts["name"]), str(facts.get("method", ""))
+        place = [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+        kind: type[Row | PerplexityRow] = PerplexityRow if "ratio" in facts else Row
+        row = kind(**{item.name: facts[item.name] for item in fields(kind) if item.name in facts})
+        made = perplexity_cells(row) if isinstance(row, PerplexityRow) else row_cells(row)
+        cells.append(((place, not method.startswith("focusllm"), method), made))
+    return [made for _, made in sorted(cells, key=lambda pair: pair[0])]
 
 
 def write_markdown(path: Path, header: Cells, rows: Sequence[Cells], trained: dict[str, Any]) -> None:
