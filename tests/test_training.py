@@ -5,22 +5,23 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from focus_core.candidate import CandidateAdapter
 from focus_core.config import FocusConfig, TrainConfig
-from focus_core.errors import AdapterError, ConfigError, DocumentNotFoundError, EmptyCorpusError
+from focus_core.errors import AdapterError, AdapterMismatchError, ConfigError, DocumentNotFoundError, EmptyCorpusError
 from focus_core.families import FAMILIES, BaseDecoder
 from focus_core.hub import AdapterInfo, LoadedBase, fingerprint, load_adapter, save_adapter
 from focus_core.tokenization import TextTokenizer
 from focus_core.training.data import ExampleStream, read_training_texts
-from focus_core.training.export import export_adapter
+from focus_core.training.export import export_adapter, interpolate_adapters
 from focus_core.training.heldout import measure_loss
 from focus_core.training.loop import learning_rate, train
 from focus_core.training.objectives import Query
-from tests.conftest import tiny_model
+from tests.conftest import perturb, tiny_model
 
 SMALL = {
     "chunk_sizes": (8, 16),
@@ -154,6 +155,32 @@ def test_export_writes_the_compact_form_and_its_loss(data, tmp_path, tokenizer):
     assert abs(done.after.loss - done.before.loss) < 0.05
     assert json.loads((tmp_path / "compact" / "export.json").read_text())["after"]["loss"] == done.after.loss
     assert done.after.queries == sum(len(example.queries) for example in examples)
+
+
+def test_an_interpolated_adapter_lies_between_two(tmp_path, tokenizer):
+    """Weights are (1 - s) a + s b; adapters of other settings and shares out of range are refused."""
+    model = tiny_model("llama")
+    loaded = LoadedBase(model, tokenizer, "tiny", fingerprint(model))
+    states = []
+    with CandidateAdapter(BaseDecoder(model), torch.float32) as adapter:
+        for name, seed in (("a", 1), ("b", 2)):
+            perturb(adapter, seed)
+            states.append({key: value.clone() for key, value in adapter.state_dict().items()})
+            info = AdapterInfo("tiny", loaded.fingerprint, FocusConfig(chunk_size=seed * 16), trained={"steps": seed})
+            save_adapter(tmp_path / name, adapter, info)
+        save_adapter(tmp_path / "c", adapter, replace(info, focus=FocusConfig(top_candidates=3)))
+    for share in (0.0, 0.3, 1.0):
+        done = interpolate_adapters(loaded, tmp_path / "a", tmp_path / "b", tmp_path / "out", share)
+        assert (done.trained, done.focus.chunk_size) == ({"steps": 2}, 32)
+        with CandidateAdapter(BaseDecoder(model), torch.float32) as adapter:
+            assert load_adapter(tmp_path / "out", adapter, loaded) == done
+            for key, value in adapter.state_dict().items():
+                torch.testing.assert_close(value, states[0][key].lerp(states[1][key], share))
+    with pytest.raises(AdapterMismatchError, match=r"top_candidates=0, .* with 3"):
+        interpolate_adapters(loaded, tmp_path / "a", tmp_path / "c", tmp_path / "none", 0.5)
+    with pytest.raises(ConfigError, match=r"share must be between 0 .* got 1\.5"):
+        interpolate_adapters(loaded, tmp_path / "a", tmp_path / "b", tmp_path / "none", 1.5)
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_stream_is_a_function_of_its_seed(data, tokenizer):

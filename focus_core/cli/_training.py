@@ -1,4 +1,4 @@
-"""Commands that train: train, plot-loss, export-adapter."""
+"""Commands that train: train, plot-loss, interpolate-adapters, export-adapter."""
 
 from __future__ import annotations
 
@@ -91,6 +91,23 @@ def plot(
     from focus_core.training.plot import plot_loss
 
     note.print(f"losses in {plot_loss(run, picture, by=by)}")
+
+
+@app.command(name="interpolate-adapters")
+def interpolate(
+    first: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    second: Annotated[Path, typer.Argument(help="Adapter folder, usually trained on from the first.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the adapter between them.")],
+    share: Annotated[float, typer.Option(help="Of the second, 0 to 1.")] = 0.5,
+    base: Base = None,
+    device: Device = None,
+) -> None:
+    """Write the adapter between two: what further training gained, with less of what it lost."""
+    from focus_core.hub import load_base
+    from focus_core.training.export import interpolate_adapters
+
+    interpolate_adapters(load_base(base, device=device, notice=note.print), first, second, output, share)
+    note.print(f"adapter in {output}")
 
 
 @app.command(name="export-adapter")

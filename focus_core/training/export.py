@@ -1,7 +1,7 @@
-"""Turn a trained adapter into the compact int8 form and measure what that costs.
+"""Turn trained adapters into the one that is served: between two of them, and in the compact int8 form.
 
 The loss of the weights as they are and of the compact form, read back from disk, is taken on the same examples; both
-stand in ``export.json`` beside the adapter. The source folder is not changed.
+stand in ``export.json`` beside the adapter. The source folders are not changed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from focus_core.candidate import CandidateAdapter
 from focus_core.engine import sink_of
+from focus_core.errors import AdapterMismatchError, ConfigError
 from focus_core.families import BaseDecoder
 from focus_core.hub import AdapterInfo, LoadedBase, load_adapter, save_adapter
 from focus_core.store import write_atomically
@@ -82,3 +83,39 @@ def write_compact(
     export = Export(output, (output / "adapter.safetensors").stat().st_size, before, after)
     write_atomically(output / "export.json", (json.dumps(export.to_dict(), indent=2) + "\n").encode())
     return export
+
+
+def interpolate_adapters(loaded: LoadedBase, first: Path, second: Path, output: Path, share: float) -> AdapterInfo:
+    """Write the adapter whose matrices are ``(1 - share) * first + share * second``.
+
+    Between an adapter and one trained on from it, much of what the later training gained often comes with little of
+    what it lost (weight-space ensembles, arXiv 2109.01903).
+
+    Args:
+        loaded: the base of both; it is left as it was.
+        first: an adapter folder.
+        second: an adapter folder, usually trained on from ``first``; its settings and counts are kept.
+        output: the new folder, float32.
+        share: of the second, 0 to 1.
+
+    Raises:
+        ConfigError: ``share`` is out of range.
+        AdapterMismatchError: the two differ in what decoding must agree on, or belong to other weights.
+        AdapterError: one cannot be read.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ConfigError(f"share must be between 0 (the first adapter) and 1 (the second); got {share}")
+    with CandidateAdapter(BaseDecoder(loaded.model), torch.float32) as adapter:
+        before = load_adapter(first, adapter, loaded)
+        start = {key: value.clone() for key, value in adapter.state_dict().items()}
+        info = load_adapter(second, adapter, loaded)
+        for key, value in info.focus.to_dict().items():
+            if key != "chunk_size" and value != (other := before.focus.to_dict()[key]):
+                raise AdapterMismatchError(
+                    f"{first} was trained with {key}={other!r}, {second} with {value!r}; "
+                    "interpolate between adapters trained with the same settings"
+                )
+        end = adapter.state_dict()
+        adapter.load_state_dict({key: (1 - share) * start[key] + share * end[key] for key in start})
+        save_adapter(output, adapter, info)
+    return info
