@@ -171,6 +171,8 @@ class TrainConfig(_Json):
         examples_per_step: examples whose gradients are added before a step, over all processes.
         examples_per_pass: examples that one process runs together; fewer need less memory, the gradient is the same.
             ``None`` runs all of a process's share at once.
+        gradient_checkpointing: keep each layer's input alone for the backward pass and run the layer again there: less
+            memory, more time, the same gradient.
         learning_rate: peak of AdamW's rate; it warms up, then falls to ``final_rate`` of the peak.
         schedule: ``linear`` or ``cosine``.
         max_grad_norm: gradients are scaled down to this norm.
@@ -210,6 +212,7 @@ class TrainConfig(_Json):
     steps: int = 1000
     examples_per_step: int = 2
     examples_per_pass: int | None = None
+    gradient_checkpointing: bool = False
     learning_rate: float = 3e-4
     final_rate: float = 0.05
     warmup_steps: int = 20

@@ -111,6 +111,14 @@ def test_a_stopped_run_resumes_exactly(data, tmp_path, tokenizer):
         _run("llama", data, tmp_path / "b", tokenizer, steps=7)
 
 
+def test_a_run_may_go_on_with_gradient_checkpointing(data, tmp_path, tokenizer):
+    """Stopped for want of memory, resumed with less: the losses of the unbroken run."""
+    _, _, losses = _run("llama", data, tmp_path / "a", tokenizer, steps=6)
+    _, _, first = _run("llama", data, tmp_path / "b", tokenizer, steps=6, stop_after=3)
+    _, _, rest = _run("llama", data, tmp_path / "b", tokenizer, steps=6, gradient_checkpointing=True)
+    assert first + rest == pytest.approx(losses, rel=1e-5)
+
+
 def test_a_killed_run_resumes_exactly(data, tmp_path, tokenizer):
     """The folder as a kill in step 3 would leave it: steps 3 to 5 come out as in the unbroken run, each logged once."""
     base = BaseDecoder(tiny_model("llama", window=512))

@@ -77,3 +77,33 @@ def test_packed_equals_one_by_one_with_its_gradients(family, positions, scoring)
             torch.testing.assert_close(
                 zero if one is None else one, zero if other is None else other, atol=1e-5, rtol=1e-3, check_stride=False
             )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox", "opt"])
+def test_gradient_checkpointing_changes_nothing(family):
+    """The same logits and the same gradients, and far fewer tensors kept for the backward pass."""
+    base = BaseDecoder(tiny_model(family))
+    memories = [encode_chunks(base, rows) for rows in MEMORIES]
+    tasks = [Task(memories[number], query) for number, query in QUERIES]
+    kept = {False: 0, True: 0}
+    found = {}
+    with CandidateAdapter(base, torch.float32) as adapter:
+        perturb(adapter)
+        weights = adapter.trainable_parameters()
+        for weight in weights:
+            weight.requires_grad_(True)
+        for asked in kept:
+
+            def note(tensor, asked=asked):
+                kept[asked] += tensor.numel()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                logits = dense_logits(base, adapter, tasks, 0, "shared", gradient_checkpointing=asked)
+            total = sum(item.square().mean() for item in logits)
+            found[asked] = [total, *torch.autograd.grad(total, weights, allow_unused=True)]
+    assert kept[True] < 0.3 * kept[False]
+    for one, other in zip(found[True], found[False], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)

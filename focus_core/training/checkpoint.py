@@ -78,7 +78,9 @@ def load_checkpoint(
         return Totals()
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    if TrainConfig.from_dict(json.loads(metadata["config"])) != config:
+    made_by = TrainConfig.from_dict(json.loads(metadata["config"]))
+    # how gradients are computed may change, so that a run that needed too much memory can go on
+    if dataclasses.replace(made_by, gradient_checkpointing=config.gradient_checkpointing) != config:
         raise AdapterError(
             f"{path} belongs to a run with other settings ({metadata['config']}); resume with the same settings or "
             "choose another --output"

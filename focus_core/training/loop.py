@@ -166,8 +166,18 @@ class CandidateLoss(nn.Module):
         """
         encoded = [encode_example(self.base, example, self.sink) for example in examples]
         tasks = [Task(chunks, query) for chunks, item in zip(encoded, examples, strict=True) for query in item.queries]
-        positions, scoring = self.config.positions, Scoring.of(self.config)
-        logits = iter(dense_logits(self.base, self.adapter, tasks, self.sink, positions, scoring))
+        config = self.config
+        logits = iter(
+            dense_logits(
+                self.base,
+                self.adapter,
+                tasks,
+                self.sink,
+                config.positions,
+                Scoring.of(config),
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+        )
         total, records = torch.zeros((), device=self.base.device), []
         for example in examples:
             losses, divergences = [], []
@@ -178,7 +188,7 @@ class CandidateLoss(nn.Module):
                 divergence = self._divergence(scores, example, query)
                 if divergence is not None:
                     divergences.append(float(divergence.detach()))
-                    loss = loss + self.config.distillation[example.kind] * divergence
+                    loss = loss + config.distillation[example.kind] * divergence
                 total = total + scale / len(example.queries) * loss
             records.append({"kind": example.kind, "losses": losses, "divergences": divergences})
         return total, records

@@ -106,6 +106,8 @@ def dense_logits(
     sink: int | None,
     positions: Positions,
     scoring: Scoring = PLAIN,
+    *,
+    gradient_checkpointing: bool = False,
 ) -> list[Tensor]:
     """Return the logits of every target of every task; all tasks share one pass through the layers.
 
@@ -116,6 +118,7 @@ def dense_logits(
         sink: as in :func:`encode_example`; a query that begins with it gets no second one.
         positions: of the candidates.
         scoring: of the candidates.
+        gradient_checkpointing: see :class:`~focus_core.config.TrainConfig`.
 
     Returns:
         One (n - s, vocabulary) float32 tensor a task: row t predicts token s + t from the candidates made at token
@@ -130,7 +133,8 @@ def dense_logits(
         for indices in by_chunks.values()
     ]
     inject(base, examples)
-    states = dict(zip(order, run(base, adapter, examples, scoring), strict=True))
+    rows = run(base, adapter, examples, scoring, gradient_checkpointing=gradient_checkpointing)
+    states = dict(zip(order, rows, strict=True))
     targets = [task.query.targets for task in tasks]
     last = torch.cat([states[index][0, -count:] for index, count in enumerate(targets)])
     return list(torch.split(base.logits(last.unsqueeze(0))[0].float(), targets))

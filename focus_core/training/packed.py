@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from focus_core.attention import HIDDEN, Part, attend, attend_causal, attend_self, attend_top, merge
 from focus_core.candidate import CandidateAdapter
@@ -252,7 +253,12 @@ def inject(base: BaseDecoder, examples: Sequence[PackedExample]) -> None:
 
 
 def run(
-    base: BaseDecoder, adapter: CandidateAdapter, examples: Sequence[PackedExample], scoring: Scoring
+    base: BaseDecoder,
+    adapter: CandidateAdapter,
+    examples: Sequence[PackedExample],
+    scoring: Scoring,
+    *,
+    gradient_checkpointing: bool = False,
 ) -> list[Tensor]:
     """Run candidates and local rows of all examples; gradients flow into the candidate projections.
 
@@ -261,6 +267,7 @@ def run(
         adapter: its candidate projections.
         examples: after :func:`inject`.
         scoring: of the candidates.
+        gradient_checkpointing: keep each layer's input alone for the backward pass and run the layer again there.
 
     Returns:
         Last-layer states of every local context, example by example, each (1, rows, hidden).
@@ -286,10 +293,15 @@ def run(
         ]
         return torch.cat([*locals_, *candidates], dim=1)
 
-    with base.own_attention():
-        for layer in range(base.num_layers):
-            with adapter.rows.starting_at(start):
-                hidden = base.run_layer(layer, hidden, rope, attend_all)
+    def run_layer(layer: int, hidden: Tensor) -> Tensor:
+        with base.own_attention(), adapter.rows.starting_at(start):
+            return base.run_layer(layer, hidden, rope, attend_all)
+
+    for layer in range(base.num_layers):
+        if gradient_checkpointing:
+            hidden = checkpoint(run_layer, layer, hidden, use_reentrant=False, preserve_rng_state=False)
+        else:
+            hidden = run_layer(layer, hidden)
     lengths = [len(row.local) for example in examples for row in example.rows]
     return list(torch.split(hidden[:, :start], lengths, dim=1))
 
