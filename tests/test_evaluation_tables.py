@@ -108,6 +108,10 @@ def test_the_markdown_gathers_all_runs_of_a_folder(focusllm, tmp_path):
         ["| passkey-1000-c64", short],
     ]
     assert "passkey-200" not in out
+    (tmp_path / "passkey-9.focusllm.json").write_text('{"cut')
+    code, _, err = focusllm(*arguments, "--lengths", "1000", "--methods", short)
+    assert code == 2
+    assert "is no metrics file" in " ".join(err.split())
 
 
 def test_plots_gather_all_runs_of_a_folder(tmp_path):

@@ -122,6 +122,9 @@ def test_a_teacher_of_the_end_reads_the_last_chunks_that_fit(taught):
     expected = tiny_model("llama")(torch.tensor([text])).logits[0, -3:]
     found = teacher_logits(base, Example(chunks, (query,), "continuation"), query, 0, "end")
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    for chunk, local in (((7,) * 600, LOCAL), ((7,) * 6, LOCAL * 80)):  # not one chunk fits
+        long = Query(local, len(local) - 3)
+        assert teacher_logits(base, Example((chunk, chunk), (long,), "continuation"), long, 0, "end") is None
 
 
 def test_divergence_is_zero_for_equal_logits_and_else_the_sum_by_hand():

@@ -139,7 +139,7 @@ def _run_perplexity(plans: list[Plan], given: int, longest: int, output: Path) -
 def _show(output: Path, name: str, header: list[str], rows: list[list[str]], plans: list[Plan]) -> None:
     """Print the table, and write that of all rows of the folder, and plots, beside the predictions."""
     from focus_core.evaluation.plots import draw_folder
-    from focus_core.evaluation.tables import filled_columns, read_rows, trained_note, write_markdown
+    from focus_core.evaluation.tables import filled_columns, gathered_cells, trained_note, write_markdown
 
     shown, cells = filled_columns(header, rows)
     table = Table(*shown)
@@ -147,7 +147,7 @@ def _show(output: Path, name: str, header: list[str], rows: list[list[str]], pla
         table.add_row(*row)
     Console(width=160).print(table)
     trained = plans[0].engine.info.trained
-    write_markdown(output / f"{name}.md", *filled_columns(header, read_rows(output, name)), trained)
+    write_markdown(output / f"{name}.md", *filled_columns(header, gathered_cells(output, name)), trained)
     written = [output / f"{name}.md", *draw_folder(output, name)]
     note.print(f"{trained_note(trained)}; written: {', '.join(map(str, written))}", style="dim")
 

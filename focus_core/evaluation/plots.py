@@ -7,7 +7,6 @@ matplotlib is an extra, and without it nothing is drawn.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from focus_core.evaluation.metrics import wilson
+from focus_core.evaluation.records import read_metrics
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ def draw_folder(folder: Path, task: str) -> list[Path]:
 def read_points(folder: Path, task: str) -> list[Point]:
     """Read the points of a task from its metrics files; rows without a length are left out."""
     points: list[Point] = []
-    for path in sorted(folder.glob(f"{task}-*.json")):
-        facts = json.loads(path.read_text(encoding="utf-8"))
+    for facts in read_metrics(folder, task):
         points += _perplexities(facts) if "ratio" in facts else _rates(facts, task)
     return points
 

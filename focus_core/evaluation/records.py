@@ -20,7 +20,7 @@ import transformers
 from focus_core.config import FocusConfig
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
-from focus_core.store import dtype_name
+from focus_core.store import dtype_name, write_atomically
 
 Record = dict[str, Any]
 Item = TypeVar("Item")
@@ -121,8 +121,23 @@ def machine_facts(engine: FocusEngine) -> Record:
 
 
 def write_metrics(path: Path, facts: Record) -> None:
-    """Write a metrics file."""
-    path.write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
+    """Write a metrics file, whole or not at all."""
+    write_atomically(path, (json.dumps(facts, indent=1, default=str) + "\n").encode())
+
+
+def read_metrics(folder: Path, task: str) -> list[Record]:
+    """Return what the metrics files of a task hold: ``{task}.METHOD.json`` and ``{task}-....json``.
+
+    Raises:
+        ConfigError: a file is no metrics file.
+    """
+    found = []
+    for path in sorted([*folder.glob(f"{task}.*.json"), *folder.glob(f"{task}-*.json")]):
+        try:
+            found.append(dict(json.loads(path.read_text(encoding="utf-8"))))
+        except ValueError as error:
+            raise ConfigError(f"{path} is no metrics file ({error}); remove it and run the command again") from error
+    return found
 
 
 def _comparable(identity: Record) -> Record:

@@ -5,7 +5,6 @@ Nothing is run here. The screen shows the rows of a command, the Markdown file a
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from focus_core.engine import FocusEngine
 from focus_core.evaluation.perplexity import PerplexityRow
+from focus_core.evaluation.records import read_metrics
 from focus_core.evaluation.runner import Row
 from focus_core.evaluation.tasks import TaskOptions, Varies
 
@@ -110,11 +110,10 @@ def perplexity_cells(row: PerplexityRow) -> Cells:
     ]
 
 
-def read_rows(folder: Path, task: str) -> list[Cells]:
+def gathered_cells(folder: Path, task: str) -> list[Cells]:
     """Return the cells of every row of a task that a folder's metrics files hold: by setting, own methods first."""
     cells = []
-    for path in [*folder.glob(f"{task}.*json"), *folder.glob(f"{task}-*.json")]:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+    for facts in read_metrics(folder, task):
         name, method = str(facts["name"]), str(facts.get("method", ""))
         place = [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
         kind: type[Row | PerplexityRow] = PerplexityRow if "ratio" in facts else Row

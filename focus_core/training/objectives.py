@@ -191,9 +191,9 @@ def teacher_logits(
     wanted = query.gold if memory == "gold" and query.gold else range(len(example.chunks))
     chunks = [example.chunks[index] for index in wanted]
     head = [] if sink is None else [sink]
-    room = base.window - len(head) - len(query.ids[:-1])
     if memory == "end":
-        while sum(map(len, chunks)) > room:
+        room = base.window - len(head) - len(query.ids[:-1])
+        while len(chunks) > 1 and sum(map(len, chunks)) > room:
             chunks = chunks[1:]
     text = [*head, *(token for chunk in chunks for token in chunk), *query.ids[:-1]]
     if len(text) > base.window:
