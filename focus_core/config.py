@@ -159,6 +159,7 @@ NEEDLE_SHAPES = ("number", "code", "date", "name", "phrase", "word")
 _STAGED = (
     *("mix", "chunk_sizes", "question_chunk_sizes", "max_chunks", "max_memory_tokens", "local_tokens"),
     *("prompt_lengths", "max_candidate_rows", "questions_per_example", "hard_negatives", "fill_chunks"),
+    "join_texts",
 )
 
 
@@ -188,10 +189,13 @@ class TrainConfig(_Json):
         chunk_sizes: drawn uniformly for the text and needle objectives.
         max_chunks: k is drawn log-uniformly up to this.
         max_memory_tokens: k times the chunk size never exceeds this.
+        join_texts: share of the text objectives' examples that are cut from all texts of a file, joined in their order,
+            as a folder of short documents would be remembered.
         local_tokens: least and most tokens of a local context of the text objectives.
         prompt_lengths: drawn uniformly: only so many tokens of the local context run behind the chunks, as with
             ``FocusConfig.prompt_length``. Empty runs all of it.
-        max_candidate_rows: candidates of one example (k x targets), the bound on the gradient graph.
+        max_candidate_rows: candidates of one local context (k x targets), the bound on the gradient graph; an example
+            of ``questions_per_example`` questions has as many times more.
         questions_per_example: questions asked over one chunk pass.
         question_chunk_sizes: drawn uniformly for the question objective; longer passages are cut around the answer.
         hard_negatives: share of the other passages that are of the same title or share rare words with a question.
@@ -237,6 +241,7 @@ class TrainConfig(_Json):
     chunk_sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
     max_chunks: int = 128
     max_memory_tokens: int = 1536
+    join_texts: float = 0.0
     local_tokens: tuple[int, int] = (24, 64)
     prompt_lengths: tuple[int, ...] = ()
     max_candidate_rows: int = 512
@@ -260,7 +265,7 @@ class TrainConfig(_Json):
             _bounded("examples_per_pass", self.examples_per_pass, 1)
         _bounded("max_candidate_rows", self.max_candidate_rows, 2)
         _bounded("eval_every", self.eval_every, 0)
-        for name in ("hard_negatives", "fill_chunks", "held_out", "final_rate"):
+        for name in ("hard_negatives", "fill_chunks", "join_texts", "held_out", "final_rate"):
             _bounded(name, getattr(self, name), 0.0, 1.0)
         for name, literal in (("positions", Positions), ("schedule", Schedule), ("objective", Objective)):
             _one_of(name, getattr(self, name), literal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -13,7 +14,7 @@ from focus_core.tokenization import TextTokenizer
 from focus_core.training.data import ExampleStream
 from focus_core.training.facts import invent_facts, invent_value
 from focus_core.training.nearby import PassageIndex
-from focus_core.training.texts import QuestionRow, TrainingTexts, read_training_texts
+from focus_core.training.texts import QuestionRow, TrainingTexts, hold_out, read_training_texts
 
 PASSAGE = "The mill burned in 1702.\nIts owner, Ada Wren, left for Oslo."
 PROMPTS = [
@@ -171,3 +172,32 @@ def test_long_answers_are_learned_to_their_end(stream):
         given = len(query.ids) - len(drawn.tokenizer.chat(row.question, "Use the documents."))
         seen |= set(range(given - 2, given))
     assert seen == set(range(len(whole)))
+
+
+def test_texts_of_a_file_are_joined_in_their_order(tmp_path, tokenizer):
+    """With ``join_texts`` windows run over a file's texts, never over two files; held-out texts are in no window."""
+    for name in ("red", "blue"):
+        rows = [{"text": f"{name} {number}. " * 300} for number in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "green.txt").write_text("green 0. " * 300)
+    texts = read_training_texts([tmp_path])
+    assert [text.split()[0] for text in texts.joined()] == ["blue", "green", "red"]
+    assert texts.joined()[2] == "\n\n".join(f"red {number}. " * 300 for number in range(6))
+    kept, held = hold_out(texts, 0.2, 0)
+    assert len(kept.joined()) == 3
+    settings = {
+        "chunk_sizes": (2048,),
+        "max_memory_tokens": 4096,
+        "local_tokens": (8, 16),
+        "mix": {"continuation": 1.0},
+    }
+    for share in (0.0, 1.0):
+        drawn = ExampleStream(kept, TextTokenizer(tokenizer), TrainConfig(join_texts=share, **settings))
+        starts = set()
+        for step in range(20):
+            words = tokenizer.decode([token for chunk in drawn.example(step, 0).chunks for token in chunk]).split()[1:]
+            parts = {f"{color} {number[0]}" for color, number in itertools.pairwise(words) if number[0].isdigit()}
+            assert len({part.split()[0] for part in parts}) == 1
+            assert not any(text.startswith(part) for part in parts for text in held.texts)
+            starts.add(len(parts))
+        assert (max(starts) > 1) == bool(share)

@@ -67,6 +67,9 @@ class ExampleStream:
         self.others = _Others([*(texts.questions if others is None else others), *untold])
         self.long = [text for text in texts.texts if len(text) >= LONG_TEXT]
         self._sizes = [len(text) ** 0.5 for text in self.long]
+        joins = max(config.join_texts, *(stage.get("join_texts", 0.0) for stage in ({}, *config.stages)))
+        self.joined = texts.joined() if joins else []
+        self._joined_sizes = [len(text) ** 0.5 for text in self.joined]
         self._mix(config)
 
     def example(self, step: int, index: int) -> Example:
@@ -121,8 +124,11 @@ class ExampleStream:
             length = max(2, min(length, size * count))
             split = min(split, (length + 1) // 2)
         needed = size * count + (length if kind == "continuation" else 0)
-        ids = self._window(rng, max(needed, length + 1))
-        memory = ids[: size * count]
+        ids = self._window(rng, max(needed, length + 1), config.join_texts)
+        if len(ids) < (needed if kind == "continuation" else length):  # no text is that long: memory is what there is
+            length = max(2, min(length, len(ids) // 2))
+            split = min(split, (length + 1) // 2)
+        memory = ids[: min(size * count, len(ids) - length)] if kind == "continuation" else ids[: size * count]
         chunks = tuple(tuple(memory[start : start + size]) for start in range(0, len(memory), size))
         if kind == "continuation":
             queries = [Query(tuple(ids[len(memory) : len(memory) + length]), split)]
@@ -134,10 +140,12 @@ class ExampleStream:
             ]
         return Example(chunks, tuple(queries), kind)
 
-    def _window(self, rng: random.Random, tokens: int) -> list[int]:
-        """Return ``tokens`` consecutive token ids from a random place of a random text."""
+    def _window(self, rng: random.Random, tokens: int, join: float) -> list[int]:
+        """Return ``tokens`` consecutive token ids from a random place of a random text, or of a file's texts joined."""
+        joined = join > 0 and rng.random() < join
+        texts, sizes = (self.joined, self._joined_sizes) if joined else (self.long, self._sizes)
         for attempt in range(20):
-            text = rng.choices(self.long, weights=self._sizes)[0]
+            text = rng.choices(texts, weights=sizes)[0]
             characters = int(tokens * 5) + 64
             start = rng.randrange(max(1, len(text) - characters))
             ids = self.tokenizer.encode(text[start : start + characters])
@@ -238,7 +246,7 @@ class ExampleStream:
         size = rng.choice([size for size in config.chunk_sizes if size >= 32] or [32])
         count = _log_uniform(rng, 2, max(2, _most_chunks(config, size)))
         facts = invent_facts(rng, rng.choice([1, 1, 2, 4, 8, 16]), config.needle_shapes)
-        filler = self._filler(rng, size * count)
+        filler = self._filler(rng, size * count, config.join_texts)
         chunks = [filler[start : start + size] for start in range(0, size * count, size)]
         for fact in facts:
             ids = self.tokenizer.encode(fact.statement)
@@ -268,9 +276,9 @@ class ExampleStream:
         given = self.tokenizer.encode(f"{fact.question} {fact.lead}")
         return _query(rng, given, self.tokenizer.encode(f" {fact.value}."), most_targets)
 
-    def _filler(self, rng: random.Random, tokens: int) -> list[int]:
+    def _filler(self, rng: random.Random, tokens: int, join: float) -> list[int]:
         if rng.random() < 0.5:
-            return (self._window(rng, tokens) * 2)[:tokens]
+            return (self._window(rng, tokens, join) * 2)[:tokens]
         sentences = re.split(r"(?<=[.!?])\s+", self.long[rng.randrange(len(self.long))][:20000])
         few = [sentence for sentence in sentences if 10 < len(sentence) < 120] or ["Nothing happens here."]
         ids = self.tokenizer.encode(" ".join(rng.choices(few, k=rng.randint(1, 5))) + " ")

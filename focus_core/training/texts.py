@@ -13,6 +13,7 @@ import gzip
 import json
 import random
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +53,27 @@ class Passage:
 
 @dataclass(frozen=True)
 class TrainingTexts:
-    """What the files hold: long texts, question rows and passages nobody asks about."""
+    """What the files hold: long texts, question rows and passages nobody asks about.
+
+    Args:
+        texts: all of them, in the order of the files.
+        questions: rows that hold their answer.
+        passages: short texts.
+        files: for each text the number of its file; empty says that each has its own.
+    """
 
     texts: tuple[str, ...]
     questions: tuple[QuestionRow, ...]
     passages: tuple[Passage, ...] = ()
+    files: tuple[int, ...] = ()
+
+    def joined(self) -> list[str]:
+        """Return one text a file: its long texts in their order, a blank line between them."""
+        groups: dict[int, list[str]] = defaultdict(list)
+        for number, text in zip(self.files or range(len(self.texts)), self.texts, strict=True):
+            if len(text) >= LONG_TEXT:
+                groups[number].append(text)
+        return ["\n\n".join(group) for group in groups.values()]
 
 
 def read_training_texts(paths: Iterable[Path]) -> TrainingTexts:
@@ -68,8 +85,10 @@ def read_training_texts(paths: Iterable[Path]) -> TrainingTexts:
     """
     paths = list(paths)
     texts: list[str] = []
+    files: list[int] = []
     questions: dict[QuestionRow, None] = {}  # sets that keep their order
     passages: dict[Passage, None] = {}
+    number = 0
     for path in paths:
         for file in _files(path):
             if file.name.removesuffix(".gz").endswith(".jsonl"):
@@ -84,11 +103,13 @@ def read_training_texts(paths: Iterable[Path]) -> TrainingTexts:
                         passages.update(dict.fromkeys(_shown_passages(row)))
             else:
                 texts.append(_read(file))
+            number += 1
+            files += [number] * (len(texts) - len(files))
     if not texts and not questions:
         raise EmptyCorpusError(
             f"no training text in {', '.join(map(str, paths))}; give .txt or .jsonl files (also .gz) with `text` rows"
         )
-    return TrainingTexts(tuple(texts), tuple(questions), tuple(passages))
+    return TrainingTexts(tuple(texts), tuple(questions), tuple(passages), tuple(files))
 
 
 def hold_out(texts: TrainingTexts, share: float, seed: int) -> tuple[TrainingTexts, TrainingTexts]:
@@ -109,9 +130,11 @@ def hold_out(texts: TrainingTexts, share: float, seed: int) -> tuple[TrainingTex
     asked = ([row for row in texts.questions if (row.context in held) == out] for out in (False, True))
     kept_rows, held_rows = map(tuple, asked)
     unasked = _split(rng, list(texts.passages), share)
+    file = dict(zip(texts.texts, texts.files, strict=True)) if texts.files else {}
+    kept_files, held_files = (tuple(file.get(text, 0) for text in part) for part in (kept_texts, held_texts))
     return (
-        TrainingTexts(tuple(kept_texts), kept_rows, tuple(unasked[0])),
-        TrainingTexts(tuple(held_texts), held_rows, tuple(unasked[1])),
+        TrainingTexts(tuple(kept_texts), kept_rows, tuple(unasked[0]), kept_files if file else ()),
+        TrainingTexts(tuple(held_texts), held_rows, tuple(unasked[1]), held_files if file else ()),
     )
 
 
