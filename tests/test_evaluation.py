@@ -223,14 +223,15 @@ def test_methods_carry_decoding_options(make_engine, tmp_path):
         ("truncated:reread=2", "method 'truncated' has no option 'reread'; it has none"),
         ("bm25:k=2", "it has passages, tokens"),
         ("focusllm:temperature=-1", "temperature must be at least"),
+        ("focusllm:template=plain", "template must be one of question, chat, raw; got 'plain'"),
     ):
         with pytest.raises(ConfigError, match=message):
             parse_method(text)
     engine = make_engine(chunk_size=96, window=512)
     trials = trials_of(engine, 1)
-    assert run(engine, "p", trials, "focusllm:max_tokens=1", 8, tmp_path).local == len(
-        engine.local_ids(trials[0].question, "raw")
-    )
+    for options, template in (("", "raw"), (":template=question", "question"), (":template=chat", "chat")):
+        row = run(engine, "p", trials, f"focusllm:max_tokens=1{options}", 8, tmp_path)
+        assert row.local == len(engine.local_ids(trials[0].question, template))
     rows = [run(engine, "p", trials, text, 4, tmp_path) for text in ("focusllm", "focusllm:reread=1")]
     assert rows[1].local > rows[0].local
 

@@ -1,8 +1,8 @@
 """Answer a trial by name: FocusLLM with any decoding options, or a baseline on the same base.
 
 A method is written ``name`` or ``name:option=value:option=value``, such as ``focusllm:reread=2`` or
-``bm25:passages=3``; options of ``focusllm`` are those of :class:`~focus_core.config.DecodeConfig`. Methods are pure:
-what is kept between trials is the chunk cache that they are given.
+``bm25:passages=3``; options of ``focusllm`` are those of :class:`~focus_core.config.DecodeConfig`, and the ``template``
+that a question is put in. Methods are pure: what is kept between trials is the chunk cache that they are given.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from focus_core.config import DecodeConfig
-from focus_core.engine import FocusEngine
+from focus_core.engine import FocusEngine, Template
 from focus_core.errors import ConfigError
 from focus_core.evaluation.baselines import BASELINES
 from focus_core.evaluation.blocks import BLOCKS
@@ -36,11 +36,22 @@ class Answerer(Protocol):
         """Answer one trial."""
 
 
-def focus(engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache, **options: Any) -> Prediction:
-    """Read every document, then answer; documents are ranked by the attention that they received."""
+def focus(
+    engine: FocusEngine,
+    trial: Trial,
+    max_tokens: int,
+    cache: ChunkCache,
+    *,
+    template: Template | None = None,
+    **options: Any,
+) -> Prediction:
+    """Read every document, then answer; documents are ranked by the attention that they received.
+
+    Without ``template`` the question is put as its task says: official prompts as text to go on with.
+    """
     memory = Memory(engine.encoder, cache)
     memory.add(trial.documents)
-    template = "raw" if trial.raw else "question"
+    template = template or ("raw" if trial.raw else "question")
     answer = engine.answer(trial.question, memory, template=template, **{"max_tokens": max_tokens, **options})
     ranking = tuple(item.document_id for item in answer.evidence)
     return Prediction(answer.text, len(memory), answer.usage.local + answer.usage.reread, ranking)
@@ -98,7 +109,9 @@ def parse_method(text: str) -> Method:
     if unknown:
         raise ConfigError(f"method {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     if name == FOCUS:
-        DecodeConfig.from_dict(options)
+        DecodeConfig.from_dict({key: value for key, value in options.items() if key != "template"})
+        if options.get("template", "raw") not in get_args(Template):
+            raise ConfigError(f"template must be one of {', '.join(get_args(Template))}; got {options['template']!r}")
     return Method(text.strip(), name, options)
 
 
@@ -109,7 +122,7 @@ def parse_methods(text: str) -> list[Method]:
 
 def _known_options(name: str) -> list[str]:
     if name == FOCUS:
-        return [item.name for item in dataclasses.fields(DecodeConfig)]
+        return [*(item.name for item in dataclasses.fields(DecodeConfig)), "template"]
     parameters = inspect.signature(METHODS[name]).parameters.values()
     return [item.name for item in parameters if item.kind is item.KEYWORD_ONLY]
 
