@@ -67,7 +67,7 @@ class ExampleStream:
         self.others = _Others([*(texts.questions if others is None else others), *untold])
         self.long = [text for text in texts.texts if len(text) >= LONG_TEXT]
         self._sizes = [len(text) ** 0.5 for text in self.long]
-        joins = max(config.join_texts, *(stage.get("join_texts", 0.0) for stage in ({}, *config.stages)))
+        joins = config.join_texts or any(stage.get("join_texts") for stage in config.stages)
         self.joined = texts.joined() if joins else []
         self._joined_sizes = [len(text) ** 0.5 for text in self.joined]
         self._mix(config)

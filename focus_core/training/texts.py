@@ -130,11 +130,11 @@ def hold_out(texts: TrainingTexts, share: float, seed: int) -> tuple[TrainingTex
     asked = ([row for row in texts.questions if (row.context in held) == out] for out in (False, True))
     kept_rows, held_rows = map(tuple, asked)
     unasked = _split(rng, list(texts.passages), share)
-    file = dict(zip(texts.texts, texts.files, strict=True)) if texts.files else {}
+    file = dict(zip(texts.texts, texts.files or range(len(texts.texts)), strict=True))
     kept_files, held_files = (tuple(file.get(text, 0) for text in part) for part in (kept_texts, held_texts))
     return (
-        TrainingTexts(tuple(kept_texts), kept_rows, tuple(unasked[0]), kept_files if file else ()),
-        TrainingTexts(tuple(held_texts), held_rows, tuple(unasked[1]), held_files if file else ()),
+        TrainingTexts(tuple(kept_texts), kept_rows, tuple(unasked[0]), kept_files),
+        TrainingTexts(tuple(held_texts), held_rows, tuple(unasked[1]), held_files),
     )
 
 
