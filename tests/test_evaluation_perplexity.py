@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from focus_core.corpus import Document
-from focus_core.errors import ConfigError, EmptyCorpusError
+from focus_core.errors import ConfigError, ContextTooLongError, EmptyCorpusError
 from focus_core.evaluation.perplexity import measure_window, memory_logits, run_perplexity, window_logits
 from focus_core.evaluation.windows import read_windows
 from focus_core.parallel import encode_chunks
@@ -35,10 +35,10 @@ def test_without_chunks_it_is_transformers_loss(make_engine, family):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
 @pytest.mark.parametrize("rows", [1, 9, 1000])
-@pytest.mark.parametrize("scoring", [{}, {"candidate_bias": "log_k", "top_candidates": 2}])
-def test_with_chunks_it_is_incremental_decoding(make_engine, family, rows, scoring):
+@pytest.mark.parametrize("settings", [{}, {"candidate_bias": "log_k", "top_candidates": 2}, {"prompt_length": 2}])
+def test_with_chunks_it_is_incremental_decoding(make_engine, family, rows, settings):
     """Logits of every target equal those of decoding token by token, whatever is run together."""
-    engine = make_engine(family, chunk_size=64, **scoring)
+    engine = make_engine(family, chunk_size=64, **settings)
     texts = [engine.tokenizer.decode(chunk) for chunk in CHUNKS]
     memory = engine.remember([Document(str(index), text) for index, text in enumerate(texts)])
     reading = engine.reading(memory.state, max_tokens=len(LOCAL))
@@ -50,11 +50,11 @@ def test_with_chunks_it_is_incremental_decoding(make_engine, family, rows, scori
 
 
 def test_other_ways_of_decoding_are_refused(make_engine):
-    """One pass is incremental decoding with the given tokens as dynamic prompt; anything else is named."""
+    """One pass is incremental decoding within the window; anything else is named."""
     with pytest.raises(ConfigError, match="local_mode is 'exact'"):
         memory_logits(make_engine(local_mode="exact"), CHUNKS, LOCAL, SPLIT)
-    with pytest.raises(ConfigError, match="5 given tokens do not fit a dynamic prompt of 3"):
-        memory_logits(make_engine(prompt_length=3), CHUNKS, LOCAL, SPLIT)
+    with pytest.raises(ContextTooLongError, match="a local context of 10 tokens does not fit the window of 8"):
+        memory_logits(make_engine(window=8, prompt_length=2, chunk_size=4), CHUNKS, LOCAL, SPLIT)
 
 
 def test_it_is_the_dense_pass_of_training(make_engine):

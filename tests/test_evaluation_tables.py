@@ -13,7 +13,7 @@ from focus_core.errors import ConfigError
 from focus_core.evaluation.metrics import wilson
 from focus_core.evaluation.plots import draw_folder, read_points
 from focus_core.evaluation.runner import Row
-from focus_core.evaluation.tables import HEADER, filled_columns, make_plans, row_cells, write_markdown
+from focus_core.evaluation.tables import HEADER, Grid, filled_columns, make_plans, row_cells, write_markdown
 from focus_core.evaluation.tasks import TASKS, TaskOptions
 from tests.conftest import byte_level_tokenizer, tiny_model
 
@@ -54,7 +54,7 @@ def test_plans_cover_every_setting(make_engine):
     """Chunk sizes times lengths, titles unique and telling; the adapter's own size stays out of them."""
     engine = make_engine(chunk_size=32)
     options = TaskOptions(engine.tokenizer, 2, distractors=4)
-    plans = list(make_plans(engine, "passkey", "lengths", options, [100, 200], [3], [16, 32]))
+    plans = list(make_plans(engine, "passkey", "lengths", options, Grid([100, 200], [3], chunk_sizes=[16, 32])))
     assert [plan.title for plan in plans] == [
         "passkey-keys5-100-c16",
         "passkey-keys5-200-c16",
@@ -68,8 +68,17 @@ def test_plans_cover_every_setting(make_engine):
         (200, 32),
     ]
     assert [plan.engine.config.chunk_size for plan in plans] == [16, 16, 32, 32]
-    (plan,) = make_plans(engine, "multihop", "nothing", TaskOptions(engine.tokenizer, 2), [1], [1], None)
+    (plan,) = make_plans(engine, "multihop", "nothing", TaskOptions(engine.tokenizer, 2), Grid([1], [1]))
     assert (plan.title, plan.engine, plan.options.chunk_size) == ("multihop", engine, 32)
+    grid = Grid([100], [1], prompt_lengths=[8, 16], given=[4, 64])
+    plans = list(make_plans(engine, "perplexity", "lengths", options, grid))
+    assert [plan.title.removeprefix("perplexity-keys5-100-") for plan in plans] == [
+        "p8-g4",
+        "p8-g64",
+        "p16-g4",
+        "p16-g64",
+    ]
+    assert [(plan.engine.config.prompt_length, plan.given) for plan in plans] == [(8, 4), (8, 64), (16, 4), (16, 64)]
 
 
 def test_lengths_are_read_as_people_write_them():
@@ -136,15 +145,20 @@ def test_perplexity_prints_the_ratio_first_and_draws(focusllm, tmp_path):
     """Two lengths over one text: a table, metrics, a plot, and nothing computed again."""
     (tmp_path / "book.txt").write_text(" ".join(f"The cat sat on mat {number}." for number in range(400)))
     arguments = ["eval", "perplexity", "--file", tmp_path / "book.txt", "--lengths", "320,400", "--trials", "1"]
-    arguments += ["--given", "8", "--chunk-sizes", "48", "--output", tmp_path / "out"]
+    arguments += ["--given", "8,16", "--prompt-lengths", "4", "--chunk-sizes", "48", "--output", tmp_path / "out"]
     _, out, _ = focusllm(*arguments)
+    assert {point.series for point in read_points(tmp_path / "out", "perplexity")} == {
+        f"{name} p4 g{given}"
+        for name in ("with memory", "local context only", "base on its window")
+        for given in (8, 16)
+    }
     assert out.index("memory / local") < out.index("local only")
-    facts = json.loads((tmp_path / "out" / "perplexity-400-c48.json").read_text())
+    facts = json.loads((tmp_path / "out" / "perplexity-400-c48-p4-g8.json").read_text())
     assert facts["ratio"] == pytest.approx(facts["memory"] / facts["local"])
     assert (tmp_path / "out" / "perplexity-length.png").exists()
-    before = (tmp_path / "out" / "perplexity-400-c48.jsonl").read_text()
+    before = (tmp_path / "out" / "perplexity-400-c48-p4-g8.jsonl").read_text()
     assert focusllm(*arguments)[0] == 0
-    assert (tmp_path / "out" / "perplexity-400-c48.jsonl").read_text() == before
+    assert (tmp_path / "out" / "perplexity-400-c48-p4-g8.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.varies == "lengths"])

@@ -32,7 +32,13 @@ def evaluate(
     file: Annotated[str | None, typer.Option(help="Data of the task, plain or gzipped: a path or an address.")] = None,
     filler: Annotated[str | None, typer.Option(help="Natural text to hide things in. [default: repeated]")] = None,
     distractors: Annotated[int, typer.Option(help="Passkey: keys of others beside the wanted one.")] = 0,
-    given: Annotated[int, typer.Option(help="Perplexity: local tokens before the 256 that are scored.")] = 256,
+    prompt_lengths: Annotated[
+        str | None, typer.Option(help="Most tokens behind a chunk, such as 16,512. [default: the adapter's]")
+    ] = None,
+    given: Annotated[
+        str | None,
+        typer.Option(help="Perplexity: local tokens before the 256 that are scored, such as 64,1k. [default: 256]"),
+    ] = None,
     trials: Annotated[int, typer.Option(help="Trials of each row; texts, for perplexity.")] = 20,
     methods: Annotated[str, typer.Option(help="Such as focusllm,focusllm:reread=2,truncated,bm25.")] = "focusllm",
     seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
@@ -43,7 +49,7 @@ def evaluate(
     """Make a table of results; run it again to resume. Tasks and methods are in docs/evaluation.md."""
     from focus_core.evaluation.files import local_file
     from focus_core.evaluation.methods import parse_methods
-    from focus_core.evaluation.tables import make_plans
+    from focus_core.evaluation.tables import Grid, make_plans
     from focus_core.evaluation.tasks import TASKS, TaskOptions
 
     if task not in TASKS and task not in OWN_TABLES:
@@ -55,11 +61,12 @@ def evaluate(
     if task == "heads":
         _choose_heads(engine, options, numbers(documents)[0], output)
         return
-    sizes = numbers(chunk_sizes) if chunk_sizes else None
+    sizes, prompts, before = (numbers(text) if text else None for text in (chunk_sizes, prompt_lengths, given))
+    grid = Grid(numbers(lengths), numbers(documents), sizes, prompts, before)
     varies = TASKS[task].varies_for(options) if task in TASKS else "lengths"
-    plans = list(make_plans(engine, task, varies, options, numbers(lengths), numbers(documents), sizes))
+    plans = list(make_plans(engine, task, varies, options, grid))
     if task == "perplexity":
-        _run_perplexity(plans, given, max(numbers(lengths)), output)
+        _run_perplexity(plans, max(grid.lengths), output)
     else:
         _run_task(task, plans, asked, output)
 
@@ -111,7 +118,7 @@ def _run_task(name: str, plans: list[Plan], methods: list[Method], output: Path)
     _show(output, name, HEADER, [row_cells(row) for row in rows], plans)
 
 
-def _run_perplexity(plans: list[Plan], given: int, longest: int, output: Path) -> None:
+def _run_perplexity(plans: list[Plan], longest: int, output: Path) -> None:
     from focus_core.evaluation.perplexity import Known, run_perplexity
     from focus_core.evaluation.tables import PERPLEXITY_HEADER, perplexity_cells
     from focus_core.evaluation.windows import read_windows
@@ -126,7 +133,7 @@ def _run_perplexity(plans: list[Plan], given: int, longest: int, output: Path) -
                 plan.title,
                 windows,
                 plan.options.tokens,
-                given,
+                plan.given,
                 output,
                 partial(_advance, bar),
                 settings=plan.options.facts(),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from focus_core.chunking import cut
 from focus_core.engine import FocusEngine
-from focus_core.errors import ConfigError
+from focus_core.errors import ConfigError, ContextTooLongError
 from focus_core.evaluation.records import Record, RecordFile, engine_facts, machine_facts, write_metrics
 from focus_core.evaluation.windows import Window
 from focus_core.kv import Suffix
@@ -36,6 +36,7 @@ from focus_core.parallel import (
 from focus_core.tokenization import Encoded
 
 TARGETS = 256
+GIVEN = 256
 _ROWS_AT_ONCE = {"cpu": 4096, "cuda": 65536}
 
 
@@ -81,7 +82,8 @@ def memory_logits(
     Args:
         engine: base, adapter and settings.
         chunks: token ids of each chunk, without sink.
-        ids: the local context; all of it before the last target is the dynamic prompt, as the answer grows.
+        ids: the local context; the last given tokens before its candidate are the dynamic prompt, as many as
+            ``prompt_length`` allows, and grow with the targets as an answer does.
         split: number of the first target; tokens before it are given.
         rows_at_once: candidate rows that run together; ``None`` chooses for the device.
 
@@ -90,23 +92,25 @@ def memory_logits(
 
     Raises:
         ConfigError: the settings decode in another way, which one pass cannot compute.
+        ContextTooLongError: the local context does not fit the window.
     """
-    _check_settings(engine, split)
     base, positions = engine.base, engine.config.positions
     head = sink_before(ids, engine.sink)
+    _check_settings(engine, len(head) + len(ids))
+    first = max(0, split - 1 - engine.config.prompt_length)
     tokens, none = torch.tensor(list(ids)), torch.empty(0, dtype=torch.long)
     check_room(base, len(chunks), positions, len(head) + len(ids))
     most = rows_at_once or _ROWS_AT_ONCE.get(base.device.type, 4096)
     size = max(1, most // (len(ids) - split))
     order = sorted(range(len(chunks)), key=lambda index: -len(chunks[index]))
-    visible = torch.arange(split - 1, len(ids) - 1)
+    visible = torch.arange(split - 1, len(ids) - 1) - first
     groups = []
     for start in range(0, len(order), size):
         indices = order[start : start + size]
         rows = [[*sink_before([], engine.sink), *chunks[index]] for index in indices]
         batch = encode_chunks(base, rows)
-        suffix = Suffix(batch, len(ids))
-        before = ChunkRows(batch, suffix, indices, len(chunks), tokens[:-2], none, none)
+        suffix = Suffix(batch, len(ids) - first)
+        before = ChunkRows(batch, suffix, indices, len(chunks), tokens[first:-2], none, none)
         sweep(base, engine.adapter, [[before]], (), positions)
         groups.append(ChunkRows(batch, suffix, indices, len(chunks), none, tokens[split - 1 : -1], visible))
     rows_local = torch.tensor([*head, *ids[:-1]])
@@ -116,15 +120,15 @@ def memory_logits(
     return base.logits(hidden[:, split - len(ids) :])[0].float()
 
 
-def _check_settings(engine: FocusEngine, split: int) -> None:
+def _check_settings(engine: FocusEngine, rows: int) -> None:
     if engine.config.local_mode != "incremental":
         raise ConfigError(
             f"perplexity is computed as incremental decoding, but local_mode is {engine.config.local_mode!r}; "
             "use an adapter with local_mode='incremental'"
         )
-    if split - 1 > engine.config.prompt_length:
-        raise ConfigError(
-            f"{split} given tokens do not fit a dynamic prompt of {engine.config.prompt_length}; give fewer (--given)"
+    if rows > engine.config.window:
+        raise ContextTooLongError(
+            f"a local context of {rows} tokens does not fit the window of {engine.config.window}; give fewer (--given)"
         )
 
 
@@ -136,8 +140,8 @@ def window_logits(engine: FocusEngine, ids: Sequence[int], targets: int) -> Tens
     return logits
 
 
-Known = dict[str, tuple[float, float]]
-"""Losses of the base by window: they do not depend on the length of memory."""
+Known = dict[tuple[str, int], float]
+"""Losses of the base by window and how many of its last tokens are read: no memory changes them."""
 
 
 def measure_window(
@@ -171,17 +175,18 @@ def measure_window(
     memory = nll(memory_logits(engine, chunks, ids[-local:], given))
     seconds = round(time.monotonic() - started, 2)
     known = {} if known is None else known
-    if window.fingerprint not in known:
-        longest = window.encoded.ids.tolist()[1 - engine.base.window :]
-        known[window.fingerprint] = (
-            nll(window_logits(engine, ids[-local:], targets)),
-            nll(window_logits(engine, longest, targets)),
-        )
+
+    def alone(tokens: int) -> float:
+        key = (window.fingerprint, tokens)
+        if key not in known:
+            known[key] = nll(window_logits(engine, window.encoded.ids[-tokens:].tolist(), targets))
+        return known[key]
+
     return {
         "text": window.name,
         "memory": memory,
-        "local": known[window.fingerprint][0],
-        "window": known[window.fingerprint][1],
+        "local": alone(local),
+        "window": alone(engine.base.window - 1),
         "chunks": len(chunks),
         "seconds": seconds,
     }

@@ -77,16 +77,21 @@ def _rates(facts: dict[str, Any], task: str) -> list[Point]:
     if not tokens or not trials:
         return []
     size = facts["run"]["focus"]["chunk_size"]
-    variant = facts["name"].removeprefix(task).replace(f"-{tokens}", "").removesuffix(f"-c{size}").strip("-")
     low, high = wilson(facts["right"], trials)
-    series = " ".join(part for part in (facts["method"], variant) if part)
+    series = f"{facts['method']}{_variant(facts['name'].removeprefix(task), tokens, size)}"
     return [Point(series, tokens, size, 100 * facts["right"] / trials, 100 * low, 100 * high)]
 
 
 def _perplexities(facts: dict[str, Any]) -> list[Point]:
     tokens, size = facts["settings"]["tokens"], facts["run"]["focus"]["chunk_size"]
     names = {"memory": "with memory", "local": "local context only", "window": "base on its window"}
-    return [Point(name, tokens, size, facts[key], facts[key], facts[key]) for key, name in names.items()]
+    variant = _variant(facts["name"].removeprefix("perplexity"), tokens, size)
+    return [Point(f"{name}{variant}", tokens, size, facts[key], facts[key], facts[key]) for key, name in names.items()]
+
+
+def _variant(name: str, tokens: int, chunk_size: int) -> str:
+    """Return what a row's name says beside length and chunk size, a space before each part."""
+    return "".join(f" {part}" for part in name.split("-") if part not in ("", str(tokens), f"c{chunk_size}"))
 
 
 def _tokens(point: Point) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from focus_core.engine import FocusEngine
-from focus_core.evaluation.perplexity import PerplexityRow
+from focus_core.evaluation.perplexity import GIVEN, PerplexityRow
 from focus_core.evaluation.records import read_metrics
 from focus_core.evaluation.runner import Row
 from focus_core.evaluation.tasks import TaskOptions, Varies
@@ -29,46 +30,65 @@ class Plan:
 
     Args:
         title: names files and rows.
-        engine: with the chunk size of the setting.
+        engine: with the chunk size and prompt length of the setting.
         options: of the task.
+        given: perplexity's local tokens before the scored ones.
     """
 
     title: str
     engine: FocusEngine
     options: TaskOptions
+    given: int = GIVEN
 
 
-def make_plans(
-    engine: FocusEngine,
-    task: str,
-    varies: Varies,
-    options: TaskOptions,
-    lengths: Sequence[int],
-    documents: Sequence[int],
-    chunk_sizes: Sequence[int] | None,
-) -> Iterator[Plan]:
+@dataclass(frozen=True)
+class Grid:
+    """The settings that a command asks for, a row for each combination. Titles leave out what is ``None``.
+
+    Args:
+        lengths: memory tokens, for tasks that vary by them.
+        documents: in memory, for tasks that vary by them.
+        chunk_sizes: instead of the adapter's.
+        prompt_lengths: instead of the adapter's.
+        given: perplexity's local tokens before the scored ones.
+    """
+
+    lengths: Sequence[int]
+    documents: Sequence[int]
+    chunk_sizes: Sequence[int] | None = None
+    prompt_lengths: Sequence[int] | None = None
+    given: Sequence[int] | None = None
+
+    def models(self, engine: FocusEngine) -> Iterator[tuple[Cells, FocusEngine]]:
+        """Yield an engine for every chunk size and prompt length, and what titles call it."""
+        for size, prompt in product(_asked(self.chunk_sizes), _asked(self.prompt_lengths)):
+            asked = {"chunk_size": size, "prompt_length": prompt}
+            changes = {
+                name: value for name, value in asked.items() if value not in (None, getattr(engine.config, name))
+            }
+            names = [*([f"c{size}"] if size else []), *([f"p{prompt}"] if prompt else [])]
+            yield names, engine.with_config(**changes) if changes else engine
+
+
+def make_plans(engine: FocusEngine, task: str, varies: Varies, options: TaskOptions, grid: Grid) -> Iterator[Plan]:
     """Yield every setting that a command asks for.
 
     Args:
         engine: under test.
         task: its name.
-        varies: which of ``lengths`` and ``documents`` makes rows.
+        varies: which of the grid's ``lengths`` and ``documents`` makes rows.
         options: shared by all settings.
-        lengths: memory tokens.
-        documents: in memory.
-        chunk_sizes: ``None`` for the adapter's own, which titles then leave out.
+        grid: the settings.
     """
     changes: list[dict[str, Any]] = [{}]
     if varies == "lengths":
-        changes = [{"tokens": tokens} for tokens in lengths]
+        changes = [{"tokens": tokens} for tokens in grid.lengths]
     elif varies == "documents":
-        changes = [{"documents": count} for count in documents]
-    for size in chunk_sizes or [engine.config.chunk_size]:
-        model = engine if size == engine.config.chunk_size else engine.with_config(chunk_size=size)
-        for change in changes:
-            made = replace(options, chunk_size=size, **change)
-            parts = [task, *_variant(made), *map(str, change.values()), *([f"c{size}"] if chunk_sizes else [])]
-            yield Plan("-".join(parts), model, made)
+        changes = [{"documents": count} for count in grid.documents]
+    for (names, model), given, change in product(grid.models(engine), _asked(grid.given), changes):
+        made = replace(options, chunk_size=model.config.chunk_size, **change)
+        parts = [task, *_variant(made), *map(str, change.values()), *names, *([f"g{given}"] if given else [])]
+        yield Plan("-".join(parts), model, made, given or GIVEN)
 
 
 def row_cells(row: Row) -> Cells:
@@ -135,6 +155,10 @@ def trained_note(trained: dict[str, Any]) -> str:
     """Return what to read the tested k beside."""
     most = trained.get("max_chunks")
     return f"k seen in training: up to {most}" if most else "k seen in training: not recorded"
+
+
+def _asked(values: Sequence[int] | None) -> Sequence[int | None]:
+    return values or [None]
 
 
 def _variant(options: TaskOptions) -> Cells:
