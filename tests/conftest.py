@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from focus_core import cli
 from focus_core.candidate import CandidateAdapter
 from focus_core.config import FocusConfig
 from focus_core.engine import FocusEngine
@@ -112,6 +115,7 @@ def perturb(adapter: CandidateAdapter, seed: int = 1, scale: float = 0.1) -> Non
 
 
 EngineFactory = Callable[..., FocusEngine]
+CommandLine = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -160,3 +164,35 @@ def real_engine() -> FocusEngine:
         pytest.skip(str(error))
     torch.set_num_threads(os.cpu_count() or 1)
     return FocusEngine.from_pretrained()
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny llama and its tokenizer, as a user's own base would be."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model("llama").save_pretrained(folder)
+    byte_level_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(base_folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """Run ``focusllm ARGS``; return (exit code, stdout, stderr)."""
+
+    def invoke(*arguments: object, model: bool = True, stdin: str | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(cli.note, "width", 240)
+        argv = ["focusllm", *map(str, arguments)]
+        if model:
+            argv += ["--base", base_folder, "--adapter", "untrained"]
+        monkeypatch.setattr(sys, "argv", argv)
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return invoke

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-from focus_core import cli
-from tests.conftest import tiny_model
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    from tests.conftest import byte_level_tokenizer
-
-    folder = tmp_path_factory.mktemp("base")
-    tiny_model("llama").save_pretrained(folder)
-    byte_level_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -32,29 +17,6 @@ def files(tmp_path):
     (folder / "b.md").write_text("the dog ate the hat. " * 5)
     (folder / "c.bin").write_bytes(b"\0\1\2")
     return folder
-
-
-@pytest.fixture
-def run(base, monkeypatch, capsys):
-    """Run ``focusllm ARGS``; return (exit code, stdout, stderr)."""
-
-    def invoke(*arguments, model=True, stdin=None):
-        monkeypatch.setattr(cli.note, "width", 240)
-        argv = ["focusllm", *map(str, arguments)]
-        if model:
-            argv += ["--base", base, "--adapter", "untrained"]
-        monkeypatch.setattr(sys, "argv", argv)
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return invoke
 
 
 def test_ask_prints_answer_and_sources(run, files):
@@ -133,7 +95,7 @@ def test_info_estimates_before_reading(run, files):
     assert "untrained" in out
 
 
-def test_train_makes_an_adapter_that_ask_uses(run, base, files, tmp_path):
+def test_train_makes_an_adapter_that_ask_uses(run, base_folder, files, tmp_path):
     """train writes adapter and log and resumes; the adapter answers with --adapter."""
     (files / "a.txt").write_text("the cat sat on the mat. " * 120)
     (tmp_path / "config.json").write_text(
@@ -141,7 +103,7 @@ def test_train_makes_an_adapter_that_ask_uses(run, base, files, tmp_path):
             {"chunk_sizes": [8], "max_memory_tokens": 32, "local_tokens": [12, 16], "mix": {"reconstruction": 1}}
         )
     )
-    arguments = ["train", "--base", base, "--data", files, "--output", tmp_path / "out", "--steps", 2]
+    arguments = ["train", "--base", base_folder, "--data", files, "--output", tmp_path / "out", "--steps", 2]
     arguments += ["--config", tmp_path / "config.json", "--chunk-size", 64]
     for _ in range(2):
         code, _, err = run(*arguments, model=False)
@@ -149,7 +111,7 @@ def test_train_makes_an_adapter_that_ask_uses(run, base, files, tmp_path):
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 2
     adapter = tmp_path / "out" / "adapter"
     code, out, _ = run(
-        "ask", "who?", files, "--base", base, "--adapter", adapter, "--json", "--max-tokens", 2, model=False
+        "ask", "who?", files, "--base", base_folder, "--adapter", adapter, "--json", "--max-tokens", 2, model=False
     )
     assert code == 0
     assert json.loads(out)["usage"]["generated"] >= 1
@@ -207,9 +169,9 @@ def test_bad_input_exits_with_its_code(run, files, arguments, code, message):
     assert "Traceback" not in err
 
 
-def test_a_base_without_an_adapter_names_the_command(run, base, files):
+def test_a_base_without_an_adapter_names_the_command(run, base_folder, files):
     """Exit code 3 and the command that trains one."""
-    code, _, err = run("ask", "who?", files, "--base", base, model=False)
+    code, _, err = run("ask", "who?", files, "--base", base_folder, model=False)
     assert code == 3
     assert "focusllm train --base" in err
 

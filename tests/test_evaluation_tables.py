@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from focus_core import bench, cli
+from focus_core import bench
 from focus_core.cli._shared import numbers
 from focus_core.errors import ConfigError
 from focus_core.evaluation.metrics import wilson
@@ -15,31 +14,18 @@ from focus_core.evaluation.plots import draw_folder, read_points
 from focus_core.evaluation.runner import Row
 from focus_core.evaluation.tables import HEADER, Grid, filled_columns, make_plans, row_cells, write_markdown
 from focus_core.evaluation.tasks import TASKS, TaskOptions
-from tests.conftest import byte_level_tokenizer, tiny_model
 
 FACTS = "1 Mary moved to the bathroom.\n2 John went to the hallway.\n3 Where is Mary? \tbathroom\t1\n"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_model("llama").save_pretrained(folder)
-    byte_level_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
-def focusllm(base, monkeypatch, capsys):
+def focusllm(run):
+    """``run``, for commands that succeed or refuse."""
+
     def invoke(*arguments):
-        monkeypatch.setattr(sys, "argv", ["focusllm", *map(str, arguments), "--base", base, "--adapter", "untrained"])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        assert code in (0, 2), captured.err
-        return code, captured.out, captured.err
+        code, out, err = run(*arguments)
+        assert code in (0, 2), err
+        return code, out, err
 
     return invoke
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from focus_core import cli
 from focus_core.candidate import CandidateAdapter
 from focus_core.config import TrainConfig
 from focus_core.errors import AdapterError, ConfigError, DocumentNotFoundError, EmptyCorpusError
@@ -226,32 +225,15 @@ def test_a_failing_step_keeps_what_was_done(tokenizer, book, tmp_path):
 
 
 @pytest.fixture
-def command(book, tmp_path, tokenizer, monkeypatch, capsys):
+def command(book, tmp_path, base_folder, run):
     """Run ``focusllm train`` on a tiny base; return (exit code, stderr)."""
-    tiny_model("llama").save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
     (tmp_path / "settings.json").write_text(json.dumps(SETTINGS | {"examples_per_step": 1, "distillation": {}}))
-    monkeypatch.setattr(cli.note, "width", 240)
+    always = ["--base", base_folder, "--data", book, "--config", tmp_path / "settings.json"]
+    always += ["--output", tmp_path / "run", "--chunk-size", 64]
 
     def invoke(*arguments):
-        argv = [
-            "focusllm",
-            "train",
-            "--base",
-            tmp_path / "base",
-            "--data",
-            book,
-            "--config",
-            tmp_path / "settings.json",
-        ]
-        argv += ["--output", tmp_path / "run", "--chunk-size", 64, *arguments]
-        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, capsys.readouterr().err
+        code, _, err = run("train", *always, *arguments, model=False)
+        return code, err
 
     return invoke
 
