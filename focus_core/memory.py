@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from focus_core.errors import ConfigError, EmptyCorpusError, OutOfMemoryError, S
 from focus_core.families import BaseDecoder
 from focus_core.kv import ChunkBatch
 from focus_core.parallel import Check, encode_chunks
+from focus_core.slabs import Layout, Slab
 from focus_core.store import FORMAT, ChunkStore, Store, chunk_key, dtype_name, write_atomically
 from focus_core.tokenization import TextTokenizer
 
 Progress = Callable[[int, int], None]
 """``progress(done, total)`` in tokens."""
 
-_SPREAD = 1.4  # longest to shortest chunk of a batch: bounds the padding
+_SLAB_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 
@@ -76,6 +78,13 @@ class ChunkEncoder:
             "rope": rope if isinstance(rope, dict) else None,
         }
 
+    @cached_property
+    def layout(self) -> Layout:
+        """Which chunks lie together."""
+        base = self.base
+        token_bytes = (base.num_layers - 1) * 2 * base.num_kv_heads * base.head_dim * base.dtype.itemsize
+        return Layout(self.config.chunk_size, token_bytes, _SLAB_BYTES.get(base.device.type, 1 << 30))
+
     def cut(self, document: Document) -> list[Chunk]:
         """Cut a document to the configured chunk size."""
         encoded = self.tokenizer.encode_with_offsets(document.text)
@@ -94,27 +103,6 @@ class ChunkEncoder:
         base = self.base
         lengths = tuple(len(row) for row in rows)
         return ChunkBatch.empty(base.num_layers - 1, base.num_kv_heads, base.head_dim, lengths, base.dtype, base.device)
-
-
-@dataclass(frozen=True)
-class Slab:
-    """Chunks whose KV lies in one batch; equal chunks share a row, as their KV and what a question adds are equal.
-
-    Args:
-        chunks: in the order of their rows.
-        batch: KV of the distinct ones.
-        rows: of each chunk, its row in ``batch``.
-    """
-
-    chunks: tuple[Chunk, ...]
-    batch: ChunkBatch
-    rows: tuple[int, ...]
-
-    def between(self, start: int, stop: int) -> Iterator[tuple[Chunk, int]]:
-        """Yield the chunks of batch rows ``start`` to ``stop``, each with its row counted from ``start``."""
-        for chunk, row in zip(self.chunks, self.rows, strict=True):
-            if start <= row < stop:
-                yield chunk, row - start
 
 
 class KeptOpening:
@@ -263,6 +251,7 @@ class Memory:
         kept = set(document_ids)
         self._require(sorted(kept))
         state, _ = _without(self._state, [key for key in self._state.documents if key not in kept])
+        state = replace(state, slabs=self._joined(state.slabs))
         return Memory(self.encoder, self.store, state)
 
     # -- persistence --------------------------------------------------------------------------------------------
@@ -273,8 +262,8 @@ class Memory:
         store = Store(folder / "kv")
         state, total, done = self._state, self.tokens, 0
         for slab in state.slabs:
-            for chunk, row in zip(slab.chunks, slab.rows, strict=True):
-                store.put(self.encoder.key(chunk), slab.batch.chunk(row))
+            for chunk, tensor in slab.tensors():
+                store.put(self.encoder.key(chunk), tensor)
                 done += len(chunk.ids)
                 progress(done, total)
         rows = [json.dumps(asdict(document), ensure_ascii=False) for document in state.documents.values()]
@@ -313,13 +302,13 @@ class Memory:
             raise StoreError(f"{folder} is damaged ({error}); index the documents again") from error
         store, loaded, total = Store(folder / "kv"), 0, sum(len(chunk.ids) for chunk in chunks)
         slabs = []
-        for group in _grouped(chunks):
+        for group in encoder.layout.groups(chunks):
             tensors = []
             for alike in group:
                 tensors.append(store.get(encoder.key(alike[0])).to(encoder.base.device))
                 loaded += sum(len(chunk.ids) for chunk in alike)
                 progress(loaded, total)
-            slabs.append(_slab(group, ChunkBatch.gather(tensors)))
+            slabs.append(Slab.of(group, ChunkBatch.gather(tensors)))
         return cls(encoder, store, MemoryState({item.id: item for item in documents}, chunks, tuple(slabs)))
 
     # -- inside -------------------------------------------------------------------------------------------------
@@ -338,15 +327,24 @@ class Memory:
             chunks = pack(chunks, self.encoder.config.chunk_size, separator)
         total, done = sum(len(chunk.ids) for chunk in chunks), 0
         slabs = []
-        for group in _grouped(chunks):
+        for group in self.encoder.layout.groups(chunks):
             batch = self._encode(group, lambda tokens, before=done: progress(before + tokens, total), check)  # type: ignore[misc]
-            slabs.append(_slab(group, batch))
+            slabs.append(Slab.of(group, batch))
             done += sum(len(chunk.ids) for alike in group for chunk in alike)
         return MemoryState(
             {**state.documents, **{document.id: document for document in documents}},
             (*state.chunks, *chunks),
-            (*state.slabs, *slabs),
+            self._joined([*state.slabs, *slabs]),
         )
+
+    def _joined(self, slabs: Sequence[Slab]) -> tuple[Slab, ...]:
+        """Join small slabs, which makes steps faster, unless there is no room to do it."""
+        try:
+            return self.encoder.layout.joined(slabs)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return tuple(slabs)
 
     def _encode(self, groups: Sequence[Sequence[Chunk]], progress: Callable[[int], None], check: Check) -> ChunkBatch:
         """Compute or fetch one KV for each group of equal chunks; groups are sorted by falling length."""
@@ -406,27 +404,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _grouped(chunks: Iterable[Chunk]) -> list[list[tuple[Chunk, ...]]]:
-    """Put equal chunks together, and these into groups of similar length, longest first: padding stays small."""
-    equal: dict[tuple[int, ...], list[Chunk]] = {}
-    for chunk in chunks:
-        equal.setdefault(chunk.ids, []).append(chunk)
-    groups: list[list[tuple[Chunk, ...]]] = []
-    for ids in sorted(equal, key=len, reverse=True):
-        alike = tuple(equal[ids])
-        if groups and len(groups[-1][0][0].ids) <= _SPREAD * len(ids) + 8:
-            groups[-1].append(alike)
-        else:
-            groups.append([alike])
-    return groups
-
-
-def _slab(groups: Sequence[Sequence[Chunk]], batch: ChunkBatch) -> Slab:
-    """Lay groups of equal chunks over the rows of a batch."""
-    placed = [(chunk, row) for row, alike in enumerate(groups) for chunk in alike]
-    return Slab(tuple(chunk for chunk, _ in placed), batch, tuple(row for _, row in placed))
-
-
 def _without(state: MemoryState, document_ids: Sequence[str]) -> tuple[MemoryState, list[Document]]:
     """Drop documents; also return documents that shared a packed chunk with them and must be read again."""
     gone = set(document_ids)
@@ -436,20 +413,10 @@ def _without(state: MemoryState, document_ids: Sequence[str]) -> tuple[MemorySta
         again = [state.documents[key] for key in state.documents if key in sharing]
         return _without(state, [*gone, *sharing])[0], again
     lost = set(map(id, touched))
-    slabs = []
-    for slab in state.slabs:
-        kept: dict[int, list[Chunk]] = {}
-        for chunk, row in zip(slab.chunks, slab.rows, strict=True):
-            if id(chunk) not in lost:
-                kept.setdefault(row, []).append(chunk)
-        if len(kept) == slab.batch.size:
-            slabs.append(_slab(list(kept.values()), slab.batch))
-        elif kept:
-            tensors: list[Tensor] = [slab.batch.chunk(row) for row in kept]
-            slabs.append(_slab(list(kept.values()), ChunkBatch.gather(tensors)))
+    slabs = tuple(kept for slab in state.slabs if (kept := slab.without(lost)) is not None)
     documents = {key: document for key, document in state.documents.items() if key not in gone}
     chunks = tuple(chunk for chunk in state.chunks if id(chunk) not in lost)
-    return MemoryState(documents, chunks, tuple(slabs)), []
+    return MemoryState(documents, chunks, slabs), []
 
 
 def _too_large(chunks: int, error: BaseException) -> OutOfMemoryError:

@@ -64,14 +64,16 @@ def test_cached_kv_is_what_was_computed(make_engine, counted):
     engine = make_engine(chunk_size=96, window=512)
     trial = trials_of(engine, 1)[0]
     cache = ChunkCache()
-    memories = []
+    seen = []
     for _ in range(2):
-        memory = Memory(engine.encoder, cache)
-        memory.add(trial.documents)
-        memories.append(memory)
-        assert cache.encoded == len(counted) == len({chunk.ids for chunk in memory.chunks})
-    for one, two in zip(memories[0].state.slabs, memories[1].state.slabs, strict=True):
-        assert torch.equal(one.batch.data, two.batch.data)
+        with cache.memory(engine.encoder, trial.documents) as memory:
+            seen.append([slab.batch.data.clone() for slab in memory.state.slabs])
+            chunks = {chunk.ids for chunk in memory.chunks}
+            assert len(cache) == 0  # no chunk is held twice
+        assert cache.encoded == len(counted) == len(chunks) == len(cache)
+        assert len(memory) == 0
+    for one, two in zip(*seen, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_a_full_cache_keeps_what_it_has(make_engine, counted):
@@ -83,7 +85,8 @@ def test_a_full_cache_keeps_what_it_has(make_engine, counted):
     cache = ChunkCache(limit=int(one.nbytes * 3.5))
     counted.clear()
     for _ in range(2):
-        Memory(engine.encoder, cache).add(documents)
+        with cache.memory(engine.encoder, documents):
+            pass
     assert len(cache) == 3
     assert cache.nbytes <= cache.limit
     assert len(counted) == 6 + 3

@@ -1,22 +1,29 @@
 """Keep chunk KV in memory between trials, so that a fixed haystack is read once and a trial adds one chunk.
 
-It stands where a :class:`~focus_core.store.Store` stands (``in``, ``get``, ``put``) and is addressed like one, by
-everything a chunk's KV depends on, so a hit is exact whatever made it. A full cache takes no more and drops nothing:
-trials walk through the same haystack in the same order, which is the one order that dropping the oldest never serves.
+A trial's memory takes the KV that it needs out of the cache and gives all it has back when it is done with, so no chunk
+is held twice. Chunks are addressed as in a :class:`~focus_core.store.Store`, by everything that their KV depends on, so
+a hit is exact whatever made it. A full cache takes no more and drops nothing: trials walk through the same haystack in
+the same order, which is the one order that dropping the oldest never serves.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
 from torch import Tensor
 
+from focus_core.corpus import Document
+from focus_core.memory import ChunkEncoder, Memory
+
 
 class ChunkCache:
-    """Chunk KV by address.
+    """Chunk KV by address; what a memory asks of a store.
 
     Args:
-        limit: most bytes to hold; a fourth of what is free on the chunks' device if not given.
+        limit: most bytes to hold; half of what is free on the base's device at the first trial if not given.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -33,19 +40,36 @@ class ChunkCache:
         return len(self._chunks)
 
     def get(self, key: str) -> Tensor:
-        """Return one chunk's (layers, 2, kv_heads, length, head_dim)."""
-        return self._chunks[key]
+        """Take one chunk's (layers, 2, kv_heads, length, head_dim) out."""
+        chunk = self._chunks.pop(key)
+        self.nbytes -= chunk.nbytes
+        return chunk
 
     def put(self, key: str, chunk: Tensor) -> bool:
-        """Keep a copy of one chunk's KV where there is room; return whether it was kept."""
+        """Count a chunk that was computed; its KV comes when its memory is given back."""
         self.encoded += 1
+        return False
+
+    @contextmanager
+    def memory(self, encoder: ChunkEncoder, documents: Iterable[Document]) -> Iterator[Memory]:
+        """Lend a memory of these documents; it is empty once it is given back."""
         if self.limit is None:
-            self.limit = _free_bytes(chunk.device) // 4
-        if key in self._chunks or self.nbytes + chunk.nbytes > self.limit:
-            return False
-        self._chunks[key] = chunk.detach().clone(memory_format=torch.contiguous_format)
-        self.nbytes += chunk.nbytes
-        return True
+            self.limit = _free_bytes(encoder.base.device) // 2
+        memory = Memory(encoder, self)
+        memory.add(documents)
+        try:
+            yield memory
+        finally:
+            slabs = list(memory.state.slabs)
+            memory.remove([document.id for document in memory.documents])
+            while slabs:  # one after the other, so that no more than one is held twice
+                for chunk, tensor in slabs.pop().tensors():
+                    self._keep(encoder.key(chunk), tensor)
+
+    def _keep(self, key: str, chunk: Tensor) -> None:
+        if key not in self._chunks and self.nbytes + chunk.nbytes <= (self.limit or 0):
+            self._chunks[key] = chunk.clone(memory_format=torch.contiguous_format)
+            self.nbytes += chunk.nbytes
 
 
 def _free_bytes(device: torch.device) -> int:

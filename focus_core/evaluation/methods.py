@@ -22,7 +22,6 @@ from focus_core.evaluation.blocks import BLOCKS
 from focus_core.evaluation.cache import ChunkCache
 from focus_core.evaluation.longer import LONGER
 from focus_core.evaluation.trial import Prediction, Trial
-from focus_core.memory import Memory
 
 FOCUS = "focusllm"
 
@@ -49,12 +48,12 @@ def focus(
 
     Without ``template`` the question is put as its task says: official prompts as text to go on with.
     """
-    memory = Memory(engine.encoder, cache)
-    memory.add(trial.documents)
     template = template or ("raw" if trial.raw else "question")
-    answer = engine.answer(trial.question, memory, template=template, **{"max_tokens": max_tokens, **options})
+    with cache.memory(engine.encoder, trial.documents) as memory:
+        chunks = len(memory)
+        answer = engine.answer(trial.question, memory, template=template, **{"max_tokens": max_tokens, **options})
     ranking = tuple(item.document_id for item in answer.evidence)
-    return Prediction(answer.text, len(memory), answer.usage.local + answer.usage.reread, ranking)
+    return Prediction(answer.text, chunks, answer.usage.local + answer.usage.reread, ranking)
 
 
 METHODS: dict[str, Answerer] = {FOCUS: focus, **BASELINES, **LONGER, **BLOCKS}
