@@ -151,6 +151,25 @@ def _step(engine: FocusEngine, setting: Setting) -> Line:
     return _batched_line(measure, batched, single)
 
 
+def _grown(engine: FocusEngine, setting: Setting) -> Line:
+    """A step over a memory that was read at once, and over one to which the same documents came one by one."""
+    whole = _filled(engine, setting)
+    grown = whole.subset([])
+    for document in whole.documents:
+        grown.add([document])
+    question = engine.local_ids(_QUESTION)
+    readings = [engine.reading(memory.state, max_tokens=4 * setting.steps + 8) for memory in (whole, grown)]
+    for reading in readings:
+        reading.begin(question)
+    first, second = _interleaved(lambda: readings[0].step(30), lambda: readings[1].step(30), setting.steps)
+    return Line(
+        f"decoding step over {len(whole)} chunks of {setting.chunk_size}",
+        f"read at once {first * 1e3:,.0f} ms",
+        f"added one by one {second * 1e3:,.0f} ms",
+        second / first,
+    )
+
+
 def _batch(engine: FocusEngine, setting: Setting) -> Line:
     """Different questions over one memory, all at once and one after the other."""
     memory = _filled(engine, Setting(max(1, setting.chunks // 8), setting.chunk_size, 1))
@@ -175,6 +194,7 @@ MEASURES: dict[str, Measure] = {
     "prefill": _prefill,
     "injection": _injection,
     "step": _step,
+    "grown": _grown,
     "batch": _batch,
 }
 
