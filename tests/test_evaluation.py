@@ -76,12 +76,14 @@ def test_cached_kv_is_what_was_computed(make_engine, counted):
         assert torch.equal(one, two)
 
 
-def test_a_full_cache_keeps_what_it_has(make_engine, counted):
-    """Over its limit nothing more is kept, nothing is dropped, and answers need only what is missing."""
+def test_a_full_cache_keeps_what_it_has(make_engine, counted, monkeypatch):
+    """Over its limit no more slabs are kept, nothing is dropped, and answers need only what is missing."""
     engine = make_engine(chunk_size=32)
     documents = [Document(str(index), f"the cat number {index} sat on the mat") for index in range(6)]
     one = Memory(engine.encoder)
     one.add(documents[:1])
+    monkeypatch.setitem(memory_module._SLAB_BYTES, "cpu", int(one.nbytes * 1.5))
+    engine = make_engine(chunk_size=32)
     cache = ChunkCache(limit=int(one.nbytes * 3.5))
     counted.clear()
     for _ in range(2):
@@ -90,6 +92,23 @@ def test_a_full_cache_keeps_what_it_has(make_engine, counted):
     assert len(cache) == 3
     assert cache.nbytes <= cache.limit
     assert len(counted) == 6 + 3
+
+
+def test_what_is_cached_keeps_no_more_than_itself_alive(make_engine, counted):
+    """Two trials share one of twelve documents: what the second leaves aside stands alone and is found again."""
+    engine = make_engine(chunk_size=32)
+    documents = [Document(str(index), f"the cat number {index} sat on the mat") for index in range(12)]
+    cache = ChunkCache()
+    with cache.memory(engine.encoder, documents):
+        pass
+    with cache.memory(engine.encoder, documents[:1]) as memory:
+        assert len(cache) == 11
+        assert cache.nbytes == sum(chunk.untyped_storage().nbytes() for chunk in cache._chunks.values())
+        assert len(memory) == 1
+    counted.clear()
+    with cache.memory(engine.encoder, documents):
+        assert counted == []
+        assert (len(cache), cache.nbytes) == (0, 0)
 
 
 # -- runner -----------------------------------------------------------------------------------------------------

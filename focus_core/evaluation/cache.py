@@ -1,9 +1,9 @@
 """Keep chunk KV in memory between trials, so that a fixed haystack is read once and a trial adds one chunk.
 
-A trial's memory takes the KV that it needs out of the cache and gives all it has back when it is done with, so no chunk
-is held twice. Chunks are addressed as in a :class:`~focus_core.store.Store`, by everything that their KV depends on, so
-a hit is exact whatever made it. A full cache takes no more and drops nothing: trials walk through the same haystack in
-the same order, which is the one order that dropping the oldest never serves.
+A trial's memory takes the KV that it needs out of the cache and gives its slabs back when it is done with, so hardly a
+chunk is held twice. Chunks are addressed as in a :class:`~focus_core.store.Store`, by everything that their KV depends
+on, so a hit is exact whatever made it. A full cache takes no more and drops nothing: trials walk through the same
+haystack in the same order, which is the one order that dropping the oldest never serves.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class ChunkCache:
     """Chunk KV by address; what a memory asks of a store.
 
     Args:
-        limit: most bytes to hold; half of what is free on the base's device at the first trial if not given.
+        limit: most bytes to hold, in whole slabs; half of what is free on the base's device at the first trial if not
+            given.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -57,19 +58,25 @@ class ChunkCache:
             self.limit = _free_bytes(encoder.base.device) // 2
         memory = Memory(encoder, self)
         memory.add(documents)
+        self._let_go()
         try:
             yield memory
         finally:
-            slabs = list(memory.state.slabs)
+            for slab in memory.state.slabs:
+                if self.nbytes + slab.batch.nbytes <= self.limit:
+                    for chunk, tensor in slab.tensors():
+                        self._keep(encoder.key(chunk), tensor)
             memory.remove([document.id for document in memory.documents])
-            while slabs:  # one after the other, so that no more than one is held twice
-                for chunk, tensor in slabs.pop().tensors():
-                    self._keep(encoder.key(chunk), tensor)
 
     def _keep(self, key: str, chunk: Tensor) -> None:
-        if key not in self._chunks and self.nbytes + chunk.nbytes <= (self.limit or 0):
-            self._chunks[key] = chunk.clone(memory_format=torch.contiguous_format)
-            self.nbytes += chunk.nbytes
+        self.nbytes += chunk.nbytes if key not in self._chunks else 0
+        self._chunks.setdefault(key, chunk)
+
+    def _let_go(self) -> None:
+        """Copy what a trial did not take, so that it no longer keeps the slabs of the trial before alive."""
+        for key, chunk in self._chunks.items():
+            if chunk.untyped_storage().nbytes() > chunk.nbytes:
+                self._chunks[key] = chunk.clone(memory_format=torch.contiguous_format)
 
 
 def _free_bytes(device: torch.device) -> int:
