@@ -124,6 +124,8 @@ def test_a_measurement_is_its_parts(make_engine, book, monkeypatch):
     assert record["memory"] != record["local"]
     with pytest.raises(ConfigError, match="leaves no memory"):
         measure_window(engine, window, 16, given=10, targets=6)
+    with pytest.raises(ConfigError, match="at least 1 local token before the scored ones; got 0"):
+        measure_window(engine, window, 300, given=0, targets=6)
 
 
 def test_a_run_resumes_and_puts_the_ratio_first(make_engine, book, tmp_path, monkeypatch):

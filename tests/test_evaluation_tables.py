@@ -64,6 +64,7 @@ def test_plans_cover_every_setting(make_engine):
         "p16-g4",
         "p16-g64",
     ]
+    assert next(make_plans(engine, "perplexity", "lengths", options, Grid([100], [1], given=[0]))).given == 0
     assert [(plan.engine.config.prompt_length, plan.given) for plan in plans] == [(8, 4), (8, 64), (16, 4), (16, 64)]
 
 

@@ -158,6 +158,8 @@ def measure_window(
         known: losses of the base; a missing one is computed and put in.
     """
     started = time.monotonic()
+    if given < 1:
+        raise ConfigError(f"perplexity needs at least 1 local token before the scored ones; got {given} (--given)")
     local = given + targets
     if tokens <= local:
         raise ConfigError(f"a length of {tokens} tokens leaves no memory beside {local} local tokens; ask for more")

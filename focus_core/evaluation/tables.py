@@ -87,8 +87,8 @@ def make_plans(engine: FocusEngine, task: str, varies: Varies, options: TaskOpti
         changes = [{"documents": count} for count in grid.documents]
     for (names, model), given, change in product(grid.models(engine), _asked(grid.given), changes):
         made = replace(options, chunk_size=model.config.chunk_size, **change)
-        parts = [task, *_variant(made), *map(str, change.values()), *names, *([f"g{given}"] if given else [])]
-        yield Plan("-".join(parts), model, made, given or GIVEN)
+        parts = [task, *_variant(made), *map(str, change.values()), *names, *([] if given is None else [f"g{given}"])]
+        yield Plan("-".join(parts), model, made, GIVEN if given is None else given)
 
 
 def row_cells(row: Row) -> Cells:
