@@ -141,12 +141,7 @@ def _injection(engine: FocusEngine, setting: Setting) -> Line:
 
 def _step(engine: FocusEngine, setting: Setting) -> Line:
     memory = _filled(engine, setting)
-    question = engine.local_ids(_QUESTION)
-    most = 4 * setting.steps + 8
-    readings = [engine.reading(memory.state, max_tokens=most, chunks_per_batch=size) for size in (None, 1)]
-    for reading in readings:
-        reading.begin(question)
-    batched, single = _interleaved(lambda: readings[0].step(30), lambda: readings[1].step(30), setting.steps)
+    batched, single = _steps(engine, setting, (memory, None), (memory, 1))
     measure = f"decoding step over {len(memory)} chunks of {setting.chunk_size}"
     return _batched_line(measure, batched, single)
 
@@ -157,11 +152,7 @@ def _grown(engine: FocusEngine, setting: Setting) -> Line:
     grown = whole.subset([])
     for document in whole.documents:
         grown.add([document])
-    question = engine.local_ids(_QUESTION)
-    readings = [engine.reading(memory.state, max_tokens=4 * setting.steps + 8) for memory in (whole, grown)]
-    for reading in readings:
-        reading.begin(question)
-    first, second = _interleaved(lambda: readings[0].step(30), lambda: readings[1].step(30), setting.steps)
+    first, second = _steps(engine, setting, (whole, None), (grown, None))
     return Line(
         f"decoding step over {len(whole)} chunks of {setting.chunk_size}",
         f"read at once {first * 1e3:,.0f} ms",
@@ -197,6 +188,15 @@ MEASURES: dict[str, Measure] = {
     "grown": _grown,
     "batch": _batch,
 }
+
+
+def _steps(engine: FocusEngine, setting: Setting, *sides: tuple[Memory, int | None]) -> tuple[float, float]:
+    """Return the median seconds of a decoding step of two sides: a memory and how many chunks run together."""
+    most = 4 * setting.steps + 8
+    readings = [engine.reading(memory.state, max_tokens=most, chunks_per_batch=size) for memory, size in sides]
+    for reading in readings:
+        reading.begin(engine.local_ids(_QUESTION))
+    return _interleaved(lambda: readings[0].step(30), lambda: readings[1].step(30), setting.steps)
 
 
 def _batched_line(measure: str, batched: float, single: float) -> Line:

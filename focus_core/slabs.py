@@ -84,16 +84,13 @@ class Layout:
 
     def groups(self, chunks: Iterable[Chunk]) -> list[list[Alike]]:
         """Return the rows of each slab that these chunks need: equal chunks together, longest first."""
-        equal: dict[tuple[int, ...], list[Chunk]] = {}
-        for chunk in chunks:
-            equal.setdefault(chunk.ids, []).append(chunk)
         groups: list[list[Alike]] = []
-        for ids in sorted(equal, key=len, reverse=True):
-            longest = len(groups[-1][0][0].ids) if groups else 0
-            if groups and self._class(longest) == self._class(len(ids)) and self._fits(len(groups[-1]) + 1, longest):
-                groups[-1].append(tuple(equal[ids]))
+        for alike in _equal(chunks):
+            tokens, longest = len(alike[0].ids), len(groups[-1][0][0].ids) if groups else 0
+            if groups and self._class(longest) == self._class(tokens) and self._fits(len(groups[-1]) + 1, longest):
+                groups[-1].append(alike)
             else:
-                groups.append([tuple(equal[ids])])
+                groups.append([alike])
         return groups
 
     def joined(self, slabs: Sequence[Slab]) -> tuple[Slab, ...]:
@@ -114,12 +111,8 @@ class Layout:
 
     def _join(self, slabs: Sequence[Slab]) -> Slab:
         found = {chunk.ids: tensor for slab in slabs for chunk, tensor in slab.tensors()}
-        equal: dict[tuple[int, ...], list[Chunk]] = {}
-        for slab in slabs:
-            for chunk in slab.chunks:
-                equal.setdefault(chunk.ids, []).append(chunk)
-        order = sorted(equal, key=len, reverse=True)
-        return Slab.of([tuple(equal[ids]) for ids in order], ChunkBatch.gather([found[ids] for ids in order]))
+        groups = _equal(chunk for slab in slabs for chunk in slab.chunks)
+        return Slab.of(groups, ChunkBatch.gather([found[alike[0].ids] for alike in groups]))
 
     def _fits(self, rows: int, longest: int) -> bool:
         return rows * longest * self.token_bytes <= self.slab_bytes
@@ -127,6 +120,14 @@ class Layout:
     def _class(self, tokens: int) -> int:
         """Number of the class of a length, 0 for the longest; the last ones hold what is shorter than ``_SHORT``."""
         return int(math.log((self.longest + _SHORT) / (tokens + _SHORT), _SPREAD)) if tokens < self.longest else 0
+
+
+def _equal(chunks: Iterable[Chunk]) -> list[Alike]:
+    """Put equal chunks together, longest first."""
+    equal: dict[tuple[int, ...], list[Chunk]] = {}
+    for chunk in chunks:
+        equal.setdefault(chunk.ids, []).append(chunk)
+    return [tuple(equal[ids]) for ids in sorted(equal, key=len, reverse=True)]
 
 
 def _longest(slab: Slab) -> int:

@@ -66,7 +66,7 @@ def evaluate(
     varies = TASKS[task].varies_for(options) if task in TASKS else "lengths"
     plans = list(make_plans(engine, task, varies, options, grid))
     if task == "perplexity":
-        _run_perplexity(plans, max(grid.lengths), output)
+        _run_perplexity(plans, output)
     else:
         _run_task(task, plans, asked, output)
 
@@ -118,12 +118,12 @@ def _run_task(name: str, plans: list[Plan], methods: list[Method], output: Path)
     _show(output, name, HEADER, [row_cells(row) for row in rows], plans)
 
 
-def _run_perplexity(plans: list[Plan], longest: int, output: Path) -> None:
+def _run_perplexity(plans: list[Plan], output: Path) -> None:
     from focus_core.evaluation.perplexity import Known, run_perplexity
     from focus_core.evaluation.tables import PERPLEXITY_HEADER, perplexity_cells
     from focus_core.evaluation.windows import read_windows
 
-    first = plans[0].options
+    first, longest = plans[0].options, max(plan.options.tokens for plan in plans)
     windows = list(read_windows([first.needed_file], first.tokenizer, longest, first.trials, first.seed))
     rows, known = [], Known()
     for plan in plans:
