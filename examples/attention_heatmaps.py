@@ -11,8 +11,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from focus_core import Document, FocusEngine
-from focus_core.attribution import save_heatmap
-from focus_core.evaluation.needles import passkey
+from focus_core.evaluation.tasks.passkey import passkey
+from focus_core.method.attribution import save_heatmap
 
 TOPICS = ("assert", "break", "continue", "del", "for", "global", "if", "import", "pass", "raise", "return", "while")
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from focus_core.corpus import Document
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
-from focus_core.memory import Memory
-from focus_core.parallel import encode_chunks
+from focus_core.method.parallel import encode_chunks
+from focus_core.store.memory import Memory
+from focus_core.text.corpus import Document
 
 _QUESTION = "What is the pass key?"
 _ASKED = 8

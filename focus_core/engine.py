@@ -9,162 +9,35 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
 
-from focus_core.attribution import Evidence, chunk_evidence, document_evidence
-from focus_core.candidate import CandidateAdapter
-from focus_core.chat import Message, Tool, fit_messages, render_messages
+from focus_core.answers import Answer, AnswerStream
 from focus_core.config import DecodeConfig, FocusConfig, LocalMode, Positions
-from focus_core.constraints import Grammar, tool_calls
-from focus_core.corpus import Document, load_documents
 from focus_core.errors import ConfigError, ContextTooLongError, UnsupportedModelError
-from focus_core.families import BaseDecoder
-from focus_core.generation import Generation, Token, check_cancelled
-from focus_core.hub import AdapterInfo, LoadedBase, Notice, find_adapter, load_adapter, load_base
-from focus_core.memory import ChunkEncoder, Memory, MemoryState, Progress
-from focus_core.parallel import Check, sink_before
-from focus_core.passes import SharedPasses, run_together
-from focus_core.reading import Reading
-from focus_core.store import Store
-from focus_core.tokenization import TextTokenizer
+from focus_core.generation import Generation, check_cancelled
+from focus_core.method.parallel import Check, sink_before
+from focus_core.method.passes import SharedPasses, run_together
+from focus_core.method.reading import Reading
+from focus_core.method.state import MemoryState
+from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.chat import Message, Tool, fit_messages, render_messages
+from focus_core.model.constraints import Grammar, tool_calls
+from focus_core.model.families import BaseDecoder
+from focus_core.model.hub import AdapterInfo, LoadedBase, Notice, find_adapter, load_adapter, load_base
+from focus_core.store.memory import ChunkEncoder, Memory, Progress
+from focus_core.store.segments import Store
+from focus_core.text.corpus import Document, load_documents
+from focus_core.text.tokenization import TextTokenizer
 
 UNTRAINED = "untrained"
 _ANY = "?"  # a question, to see what all questions begin with
 Template = Literal["question", "chat", "raw"]
 Documents = Document | str | Path | Iterable[Document | str | Path]
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of a request.
-
-    Args:
-        local: of the question as the model saw it.
-        memory: of all chunks read.
-        generated: of the answer, its end token included.
-        chunks: k.
-        reread: of the chunks read whole besides (``DecodeConfig.reread``).
-        kept: chunks that the answer was read from (``DecodeConfig.chunk_top_p``).
-    """
-
-    local: int
-    memory: int
-    generated: int
-    chunks: int
-    reread: int = 0
-    kept: int = 0
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer and where it came from.
-
-    Args:
-        text: the answer.
-        finish_reason: ``stop``, ``length`` or ``cancelled``.
-        evidence: documents, best first; scores add up to 1.
-        passages: chunks, best first; scores add up to 1.
-        usage: token counts.
-        tokens: generated tokens with their log-probabilities.
-        attention: (tokens, k) attention on each chunk's candidate, in memory order.
-        attention_by_head: (layers, heads, k) the same summed over tokens, for every head.
-    """
-
-    text: str
-    finish_reason: str
-    evidence: list[Evidence]
-    passages: list[Evidence]
-    usage: Usage
-    tokens: list[Token]
-    attention: Tensor = field(repr=False)
-    attention_by_head: Tensor = field(repr=False)
-
-
-class AnswerStream:
-    """Pieces of an answer as they are made; :attr:`answer` is there when the stream has ended.
-
-    Closing it (also by leaving a ``with``) or :meth:`cancel` stops the work within one layer.
-    """
-
-    def __init__(self, generation: Generation, local: list[int], state: MemoryState) -> None:
-        self._generation, self._state = generation, state
-        self._source = generation.tokens(local)
-        self._tokens: list[Token] = []
-        self._answer: Answer | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        for token in self.tokens():
-            if token.text:
-                yield token.text
-
-    def tokens(self) -> Iterator[Token]:
-        """Yield tokens instead of text."""
-        for token in self._source:
-            self._tokens.append(token)
-            yield token
-
-    @property
-    def documents(self) -> Mapping[str, Document]:
-        """What is being read, by id."""
-        return self._state.documents
-
-    def cancel(self) -> None:
-        """Stop as soon as possible; may be called from another thread."""
-        self._generation.cancelled.set()
-
-    def close(self) -> None:
-        """Stop, keeping what was made so far as the answer; an answer that is complete stays as it is."""
-        if self._generation.finish_reason is None:
-            self.cancel()
-        self._source.close()  # type: ignore[attr-defined]
-        if self._generation.finish_reason is None:
-            self._generation.finish_reason = "cancelled"
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer; what is left of the stream is read first."""
-        for _ in self.tokens():
-            pass
-        if self._answer is None:
-            self._answer = self._finish()
-        return self._answer
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _finish(self) -> Answer:
-        generation, state = self._generation, self._state
-        passages = chunk_evidence(generation.record.scores(), state.chunks, state.documents)
-        usage = Usage(
-            local=generation.prompt_tokens,
-            memory=sum(len(chunk.ids) for chunk in state.chunks),
-            generated=len(generation.generated),
-            chunks=len(state.chunks),
-            reread=generation.reading.reread_tokens,
-            kept=generation.reading.candidates,
-        )
-        return Answer(
-            text="".join(token.text for token in self._tokens).strip(),
-            finish_reason=generation.finish_reason or "cancelled",
-            evidence=document_evidence(passages),
-            passages=passages,
-            usage=usage,
-            tokens=self._tokens,
-            attention=generation.record.steps(),
-            attention_by_head=generation.record.by_head(),
-        )
 
 
 class FocusEngine:
@@ -431,7 +304,7 @@ class FocusEngine:
         """Answer the last message of a conversation of any length.
 
         Turns that do not fit the window are read as memory for this answer; what ``memory`` holds stays as it is.
-        Tool calls are in the text; :class:`~focus_core.chat.ToolCallParser` reads them.
+        Tool calls are in the text; :class:`~focus_core.model.chat.ToolCallParser` reads them.
 
         Args:
             messages: oldest first; without a system turn the adapter's is put in front.

@@ -2,7 +2,7 @@
 
 Sampling uses transformers' own logits processors; stop strings are held back until they can no longer match; a request
 owns its random generator, so equal seeds give equal answers whatever runs beside it. It holds no model state: that is
-:class:`~focus_core.reading.Reading`.
+:class:`~focus_core.method.reading.Reading`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from focus_core.attribution import AttentionRecord, leading_chunks
 from focus_core.config import DecodeConfig
-from focus_core.constraints import Constraint
 from focus_core.errors import CancelledError
-from focus_core.reading import Reading
-from focus_core.tokenization import TextTokenizer
+from focus_core.method.attribution import AttentionRecord, leading_chunks
+from focus_core.method.reading import Reading
+from focus_core.model.constraints import Constraint
+from focus_core.text.tokenization import TextTokenizer
 
 
 @dataclass(frozen=True)

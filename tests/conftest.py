@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from focus_core import cli
-from focus_core.candidate import CandidateAdapter
 from focus_core.config import FocusConfig
 from focus_core.engine import FocusEngine
-from focus_core.families import FAMILIES, BaseDecoder
-from focus_core.hub import AdapterInfo, LoadedBase, fingerprint
+from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.families import FAMILIES, BaseDecoder
+from focus_core.model.hub import AdapterInfo, LoadedBase, fingerprint
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCABULARY = 320
@@ -156,7 +156,7 @@ def make_engine(tokenizer: PreTrainedTokenizerFast) -> Iterator[EngineFactory]:
 def real_engine() -> FocusEngine:
     """The default base with the shipped adapter; loaded once."""
     from focus_core.errors import BaseModelError
-    from focus_core.hub import default_gguf
+    from focus_core.model.hub import default_gguf
 
     try:
         default_gguf()

@@ -12,7 +12,7 @@ import pytest
 
 from focus_core import Document
 from focus_core.errors import ConfigError
-from focus_integrations import _engines
+from focus_core.session import engines
 
 LONG = "the cat sat on the mat.\n\n" * 80 + "who ate the hat?"
 
@@ -20,7 +20,7 @@ LONG = "the cat sat on the mat.\n\n" * 80 + "who ate the hat?"
 def test_frameworks_are_imported_nowhere_else():
     """The engine, the CLI and the shared part import without LangChain and LlamaIndex."""
     code = (
-        "import sys; import focus_core, focus_core.cli, focus_core.bench, focus_integrations._engines; "
+        "import sys; import focus_core, focus_core.cli, focus_core.bench, focus_core.session.engines; "
         "assert not [m for m in sys.modules if m.startswith(('langchain', 'llama_index'))]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -96,20 +96,20 @@ def test_langchain_stop_seed_and_cancel(make_engine):
 def test_engines_are_shared_and_loaded_once(monkeypatch):
     """Equal settings give the same engine; the loader runs once for each."""
     loaded = []
-    monkeypatch.setattr(_engines, "_engines", {})
+    monkeypatch.setattr(engines, "_engines", {})
     monkeypatch.setattr(
-        _engines.FocusEngine, "from_pretrained", classmethod(lambda cls, *a, **k: loaded.append(a) or object())
+        engines.FocusEngine, "from_pretrained", classmethod(lambda cls, *a, **k: loaded.append(a) or object())
     )
-    one = _engines.shared_engine("x")
-    assert one is _engines.shared_engine("x")
-    assert one is not _engines.shared_engine("y")
+    one = engines.shared_engine("x")
+    assert one is engines.shared_engine("x")
+    assert one is not engines.shared_engine("y")
     assert len(loaded) == 2
 
 
 def test_bad_documents_are_named():
     """A document that is none says which type it was."""
     with pytest.raises(ConfigError, match="got int"):
-        _engines.to_documents([3])
+        engines.to_documents([3])
 
 
 @pytest.mark.parametrize("framework", ["langchain", "llama_index"])
@@ -129,6 +129,6 @@ def test_the_readmes_blocks_run(framework, make_engine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     engine = make_engine(window=512, chunk_size=320)
     module = importlib.import_module(f"focus_integrations.{framework}.llm")
-    monkeypatch.setattr(_engines, "_engines", {(None, None, None, None): engine})
+    monkeypatch.setattr(engines, "_engines", {(None, None, None, None): engine})
     monkeypatch.setattr(module.FocusLLM.model_fields["max_tokens"], "default", 8)
     exec(compile(blocks[0], "README.md", "exec"), {"any_length_of_text": LONG})

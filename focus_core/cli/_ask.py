@@ -84,7 +84,7 @@ def ask(
         answer = stream.answer
     seconds = time.monotonic() - started
     if heatmap is not None:
-        from focus_core.attribution import save_heatmap
+        from focus_core.method.attribution import save_heatmap
 
         labels = [f"{chunk.document_id}:{chunk.start}" for chunk in held.chunks]
         texts = [engine.tokenizer.decode([token.id]) or "(end)" for token in answer.tokens]
@@ -128,7 +128,7 @@ def chat(
 
     Turns that no longer fit the window are read from memory.
     """
-    from focus_core.chat import Message
+    from focus_core.model.chat import Message
 
     engine = open_engine(base, adapter, chunk_size, device)
     held = open_memory(engine, paths or [], memory)
@@ -185,7 +185,7 @@ def info(
 ) -> None:
     """Show model and adapter, and what reading PATHS would cost, before anything is read into memory."""
     from focus_core.bench import measure_prefill
-    from focus_core.corpus import load_documents
+    from focus_core.text.corpus import load_documents
 
     engine = open_engine(base, adapter, chunk_size, device)
     facts: dict[str, Any] = {

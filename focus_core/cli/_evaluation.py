@@ -16,8 +16,8 @@ from focus_core.cli._shared import Adapter, Base, Device, app, note, numbers, op
 from focus_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from focus_core.evaluation.methods import Method
-    from focus_core.evaluation.tables import Plan
+    from focus_core.evaluation.methods.registry import Method
+    from focus_core.evaluation.report.tables import Plan
 
 OWN_TABLES = ("perplexity", "heads")
 
@@ -48,9 +48,9 @@ def evaluate(
 ) -> None:
     """Make a table of results; run it again to resume. Tasks and methods are in docs/evaluation.md."""
     from focus_core.evaluation.files import local_file
-    from focus_core.evaluation.methods import parse_methods
-    from focus_core.evaluation.tables import Grid, make_plans
-    from focus_core.evaluation.tasks import TASKS, TaskOptions
+    from focus_core.evaluation.methods.registry import parse_methods
+    from focus_core.evaluation.report.tables import Grid, make_plans
+    from focus_core.evaluation.tasks.registry import TASKS, TaskOptions
 
     if task not in TASKS and task not in OWN_TABLES:
         raise ConfigError(f"unknown task {task!r}; choose {', '.join([*TASKS, *OWN_TABLES])}")
@@ -92,10 +92,10 @@ def bench(
 
 
 def _run_task(name: str, plans: list[Plan], methods: list[Method], output: Path) -> None:
-    from focus_core.evaluation.cache import ChunkCache
+    from focus_core.evaluation.methods.chunk_cache import ChunkCache
+    from focus_core.evaluation.report.tables import HEADER, row_cells
     from focus_core.evaluation.runner import run
-    from focus_core.evaluation.tables import HEADER, row_cells
-    from focus_core.evaluation.tasks import TASKS
+    from focus_core.evaluation.tasks.registry import TASKS
 
     rows = []
     for plan in plans:
@@ -119,9 +119,9 @@ def _run_task(name: str, plans: list[Plan], methods: list[Method], output: Path)
 
 
 def _run_perplexity(plans: list[Plan], output: Path) -> None:
-    from focus_core.evaluation.perplexity import Known, run_perplexity
-    from focus_core.evaluation.tables import PERPLEXITY_HEADER, perplexity_cells
-    from focus_core.evaluation.windows import read_windows
+    from focus_core.evaluation.report.tables import PERPLEXITY_HEADER, perplexity_cells
+    from focus_core.evaluation.tasks.perplexity import Known, run_perplexity
+    from focus_core.evaluation.tasks.text_windows import read_windows
 
     first, longest = plans[0].options, max(plan.options.tokens for plan in plans)
     windows = list(read_windows([first.needed_file], first.tokenizer, longest, first.trials, first.seed))
@@ -145,8 +145,8 @@ def _run_perplexity(plans: list[Plan], output: Path) -> None:
 
 def _show(output: Path, name: str, header: list[str], rows: list[list[str]], plans: list[Plan]) -> None:
     """Print the table, and write that of all rows of the folder, and plots, beside the predictions."""
-    from focus_core.evaluation.plots import draw_folder
-    from focus_core.evaluation.tables import filled_columns, gathered_cells, trained_note, write_markdown
+    from focus_core.evaluation.report.plots import draw_folder
+    from focus_core.evaluation.report.tables import filled_columns, gathered_cells, trained_note, write_markdown
 
     shown, cells = filled_columns(header, rows)
     table = Table(*shown)
@@ -160,8 +160,8 @@ def _show(output: Path, name: str, header: list[str], rows: list[list[str]], pla
 
 
 def _choose_heads(engine: Any, options: Any, documents: int, output: Path) -> None:
-    from focus_core.evaluation.heads import choose_heads
-    from focus_core.evaluation.tasks import multi_document
+    from focus_core.evaluation.tasks.attribution_heads import choose_heads
+    from focus_core.evaluation.tasks.registry import multi_document
 
     examples = multi_document(options.needed_file, documents, options.trials, options.seed)
     with progress("heads", options.trials) as bar:

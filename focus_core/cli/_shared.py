@@ -53,8 +53,8 @@ def open_engine(base: str | None, adapter: str | None, chunk_size: int | None, d
 
 def open_memory(engine: Any, paths: list[str], folder: Path | None, remove: list[str] | None = None) -> Any:
     """Load the memory in ``folder`` if there is one, read ``paths`` into it, and save what changed."""
-    from focus_core.corpus import load_documents
-    from focus_core.store import Store
+    from focus_core.store.segments import Store
+    from focus_core.text.corpus import load_documents
 
     if not paths and not sys.stdin.isatty() and (folder is None or not (folder / "memory.json").exists()):
         paths = ["-"]

@@ -103,7 +103,7 @@ def interpolate(
     device: Device = None,
 ) -> None:
     """Write the adapter between two: what further training gained, with less of what it lost."""
-    from focus_core.hub import load_base
+    from focus_core.model.hub import load_base
     from focus_core.training.export import interpolate_adapters
 
     interpolate_adapters(load_base(base, device=device, notice=note.print), first, second, output, share)
@@ -122,8 +122,8 @@ def export(
     device: Device = None,
 ) -> None:
     """Write an adapter as int8 differences from its base, a quarter of the size, and compare the losses."""
-    from focus_core.hub import load_base
-    from focus_core.tokenization import TextTokenizer
+    from focus_core.model.hub import load_base
+    from focus_core.text.tokenization import TextTokenizer
     from focus_core.training.data import ExampleStream
     from focus_core.training.export import export_adapter
     from focus_core.training.texts import read_training_texts
@@ -177,7 +177,7 @@ def _load(base: str | None, dtype: str | None, processes: Any) -> Any:
     import torch
 
     from focus_core.errors import ConfigError
-    from focus_core.hub import default_dtype, load_base
+    from focus_core.model.hub import default_dtype, load_base
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype is not None and dtype not in kinds:

@@ -1,7 +1,7 @@
 """Answer trials with a method and summarise: one predictions file and one metrics file a table row.
 
 Every prediction is on disk before the next trial begins, so a run that is started again goes on behind the last one.
-How answers are made is the method's business, how they are kept that of :mod:`focus_core.evaluation.records`.
+How answers are made is the method's business, how they are kept that of :mod:`focus_core.evaluation.report.records`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 
 from focus_core.engine import FocusEngine
 from focus_core.errors import ContextTooLongError
-from focus_core.evaluation.cache import ChunkCache
-from focus_core.evaluation.methods import Method, parse_method
+from focus_core.evaluation.methods.chunk_cache import ChunkCache
+from focus_core.evaluation.methods.registry import Method, parse_method
 from focus_core.evaluation.metrics import score, wilson
-from focus_core.evaluation.records import Record, RecordFile, engine_facts, machine_facts, write_metrics
+from focus_core.evaluation.report.records import Record, RecordFile, engine_facts, machine_facts, write_metrics
 from focus_core.evaluation.trial import Prediction, Trial
 
 RANKS = (1, 3, 5)
@@ -86,7 +86,7 @@ def run(
     Args:
         engine: model under test; baselines use its base.
         name: of the files.
-        trials: from :mod:`focus_core.evaluation.tasks`.
+        trials: from :mod:`focus_core.evaluation.tasks.registry`.
         method: or its text, such as ``focusllm:reread=2``.
         max_tokens: most tokens of an answer, where a trial does not say.
         output: folder.

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from focus_core.corpus import Document
 from focus_core.evaluation.metrics import Wanted
-from focus_core.evaluation.scores import Measure
+from focus_core.evaluation.suite_metrics import Measure
+from focus_core.text.corpus import Document
 
 
 @dataclass(frozen=True)

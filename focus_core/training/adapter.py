@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from focus_core.candidate import CandidateAdapter
 from focus_core.config import FocusConfig, TrainConfig
 from focus_core.engine import sink_of
 from focus_core.errors import EmptyCorpusError
-from focus_core.families import BaseDecoder
-from focus_core.hub import AdapterInfo, LoadedBase, load_adapter, save_adapter
-from focus_core.tokenization import TextTokenizer
+from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.families import BaseDecoder
+from focus_core.model.hub import AdapterInfo, LoadedBase, load_adapter, save_adapter
+from focus_core.text.tokenization import TextTokenizer
 from focus_core.training.checkpoint import Totals
 from focus_core.training.data import SHORT_ANSWER, SYSTEM, ExampleStream
 from focus_core.training.export import write_compact

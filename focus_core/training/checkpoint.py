@@ -17,10 +17,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from focus_core.candidate import CandidateAdapter
 from focus_core.config import TrainConfig
 from focus_core.errors import AdapterError
-from focus_core.store import write_atomically
+from focus_core.files import write_atomically
+from focus_core.model.candidate import CandidateAdapter
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"

@@ -12,10 +12,10 @@ from typing import Self
 
 import torch
 
-from focus_core.candidate import CandidateAdapter
 from focus_core.config import FocusConfig, TrainConfig
-from focus_core.families import BaseDecoder
-from focus_core.parallel import Scoring
+from focus_core.method.parallel import Scoring
+from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.families import BaseDecoder
 from focus_core.training.objectives import Example, Task, dense_losses, encode_example
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from focus_core.candidate import CandidateAdapter
 from focus_core.config import TrainConfig
-from focus_core.families import BaseDecoder
-from focus_core.parallel import Scoring
+from focus_core.method.parallel import Scoring
+from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.families import BaseDecoder
 from focus_core.training.checkpoint import LOG, Totals, cut_log, load_checkpoint, save_checkpoint
 from focus_core.training.data import ExampleStream
 from focus_core.training.heldout import Loss, example_losses

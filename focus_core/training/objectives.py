@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from focus_core.candidate import CandidateAdapter
 from focus_core.config import Positions, TeacherMemory
 from focus_core.errors import ConfigError
-from focus_core.families import BaseDecoder
-from focus_core.kv import ChunkBatch
-from focus_core.parallel import PLAIN, Scoring, encode_chunks, sink_before
+from focus_core.method.kv import ChunkBatch
+from focus_core.method.parallel import PLAIN, Scoring, encode_chunks, sink_before
+from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.families import BaseDecoder
 from focus_core.training.packed import PackedExample, Row, inject, run
 
 

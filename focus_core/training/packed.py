@@ -1,6 +1,6 @@
 """Run the rows of many training examples through the layers together.
 
-What :mod:`focus_core.parallel` computes for one decoding step, for all targets of all local contexts of a step at once:
+What :mod:`focus_core.method.parallel` computes for one decoding step, for all targets of all local contexts at once:
 projections and MLPs see one packed sequence, attention runs example by example with the example's local contexts side
 by side. Padding exists inside attention only. Nothing here draws data or computes a loss.
 """
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from focus_core.attention import HIDDEN, Part, attend, attend_causal, attend_self, attend_top, merge
-from focus_core.candidate import CandidateAdapter
 from focus_core.config import Positions
-from focus_core.families import BaseDecoder
-from focus_core.kv import ChunkBatch, move_keys, rotation
-from focus_core.parallel import Scoring, by_chunk, candidate_positions, local_start, packed_rows
+from focus_core.method.attention import HIDDEN, Part, attend, attend_causal, attend_self, attend_top, merge
+from focus_core.method.kv import ChunkBatch, move_keys, rotation
+from focus_core.method.parallel import Scoring, by_chunk, candidate_positions, local_start, packed_rows
+from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.families import BaseDecoder
 
 
 class Row(NamedTuple):

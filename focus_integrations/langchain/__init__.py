@@ -4,7 +4,7 @@ What needs more than langchain-core is imported from its module: ``middleware.Fo
 ``store.FocusMemoryStore``.
 """
 
-from focus_integrations._long_memory import LongMemory
+from focus_core.session.long_memory import LongMemory
 from focus_integrations.langchain.chat_models import ChatFocusLLM
 from focus_integrations.langchain.llm import FocusLLM
 from focus_integrations.langchain.memory import (

@@ -16,9 +16,9 @@ from typing import Any
 from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from langchain_core.messages.block_translators import register_translator
 
-from focus_core.chat import Message, Role, Tool, ToolCall
-from focus_core.corpus import Document
 from focus_core.errors import ConfigError, NotTextError
+from focus_core.model.chat import Message, Role, Tool, ToolCall
+from focus_core.text.corpus import Document
 from focus_integrations.langchain._model import PROVIDER
 
 _ROLES: dict[str, Role] = {

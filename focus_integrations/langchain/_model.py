@@ -16,12 +16,13 @@ from langchain_core.globals import get_llm_cache
 from langchain_core.retrievers import BaseRetriever
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SecretStr
 
+from focus_core.answers import Answer, AnswerStream
 from focus_core.config import DecodeConfig
-from focus_core.engine import Answer, AnswerStream, FocusEngine
+from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
-from focus_core.memory import Memory
-from focus_integrations._documents import citations, source_dicts, to_documents
-from focus_integrations._engines import Held, MemoryHolder, engine_fingerprint, shared_engine
+from focus_core.session.documents import citations, source_dicts, to_documents
+from focus_core.session.engines import Held, MemoryHolder, engine_fingerprint, shared_engine
+from focus_core.store.memory import Memory
 
 PROVIDER = "focusllm"
 CONFIG = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True, protected_namespaces=(), extra="forbid")

@@ -30,13 +30,14 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import model_validator
 
 from focus_core import __version__
-from focus_core.chat import ChatDelta, Message, ToolCallParser, render_messages
-from focus_core.engine import AnswerStream, FocusEngine
+from focus_core.answers import AnswerStream
+from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
 from focus_core.generation import check_cancelled
-from focus_integrations import _async
-from focus_integrations._engines import Held
-from focus_integrations._pieces import trimmed
+from focus_core.model.chat import ChatDelta, Message, ToolCallParser, render_messages
+from focus_core.session import concurrency
+from focus_core.session.engines import Held
+from focus_core.session.pieces import trimmed
 from focus_integrations.langchain._messages import to_choice, to_messages, to_tools
 from focus_integrations.langchain._model import CAPACITY, CONFIG, PROVIDER, FocusModel, usage_of
 
@@ -153,7 +154,7 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return await _async.call(lambda cancelled: self._result(messages, stop, kwargs, cancelled))
+        return await concurrency.call(lambda cancelled: self._result(messages, stop, kwargs, cancelled))
 
     def _stream(
         self,
@@ -174,7 +175,7 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        async for chunk in _async.iterate(lambda cancelled: self._chunks(messages, stop, kwargs, cancelled)):
+        async for chunk in concurrency.iterate(lambda cancelled: self._chunks(messages, stop, kwargs, cancelled)):
             if run_manager:
                 await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk

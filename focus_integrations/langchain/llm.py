@@ -18,13 +18,13 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
-from focus_core.corpus import Document
-from focus_core.engine import Answer, AnswerStream
+from focus_core.answers import Answer, AnswerStream
 from focus_core.generation import check_cancelled
-from focus_core.passes import run_together
-from focus_integrations import _async
-from focus_integrations._engines import Held
-from focus_integrations._pieces import trimmed
+from focus_core.method.passes import run_together
+from focus_core.session import concurrency
+from focus_core.session.engines import Held
+from focus_core.session.pieces import trimmed
+from focus_core.text.corpus import Document
 from focus_integrations.langchain._model import CONFIG, PROVIDER, FocusModel, usage_of
 
 _call_options: ContextVar[Mapping[str, Any]] = ContextVar("focusllm_call_options", default=MappingProxyType({}))
@@ -132,7 +132,7 @@ class FocusLLM(FocusModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return await _async.call(lambda cancelled: self._generate_all(prompts, stop, kwargs, cancelled))
+        return await concurrency.call(lambda cancelled: self._generate_all(prompts, stop, kwargs, cancelled))
 
     def _generate_all(
         self, prompts: list[str], stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event
@@ -171,7 +171,7 @@ class FocusLLM(FocusModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        async for chunk in _async.iterate(lambda cancelled: self._chunks(prompt, stop, kwargs, cancelled)):
+        async for chunk in concurrency.iterate(lambda cancelled: self._chunks(prompt, stop, kwargs, cancelled)):
             if run_manager:
                 await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk

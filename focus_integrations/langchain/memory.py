@@ -1,6 +1,6 @@
 """Give LangChain agents a memory that outlives the process: tools, a document store, middleware, a langgraph store.
 
-All stand on one :class:`~focus_integrations._long_memory.LongMemory`, so what a tool remembers the model reads. Nothing
+All stand on one :class:`~focus_core.session.long_memory.LongMemory`, so what a tool remembers the model reads. Nothing
 is summarised away: what leaves the conversation is kept word for word. Middleware and store need their frameworks and
 live in modules of their own.
 """
@@ -15,8 +15,8 @@ from langchain_core.stores import BaseStore
 from langchain_core.tools import BaseTool
 from pydantic import BaseModel, ConfigDict, Field
 
-from focus_core.corpus import Document
-from focus_integrations._long_memory import LongMemory
+from focus_core.session.long_memory import LongMemory
+from focus_core.text.corpus import Document
 
 _OWN_ID = "langchain_id"
 

@@ -15,8 +15,8 @@ from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResp
 from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage, ToolMessage
 from langgraph.config import get_config
 
-from focus_core.corpus import Document
-from focus_integrations._long_memory import LongMemory
+from focus_core.session.long_memory import LongMemory
+from focus_core.text.corpus import Document
 from focus_integrations.langchain.chat_models import ChatFocusLLM
 from focus_integrations.langchain.memory import memory_tools
 

@@ -18,11 +18,11 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import Runnable, RunnableLambda
 from pydantic import Field
 
-from focus_core.attribution import Evidence
-from focus_core.corpus import Document as CoreDocument
 from focus_core.errors import ConfigError
 from focus_core.generation import check_cancelled
-from focus_integrations import _async
+from focus_core.method.attribution import Evidence
+from focus_core.session import concurrency
+from focus_core.text.corpus import Document as CoreDocument
 from focus_integrations.langchain._model import CONFIG, FocusCorpus
 
 IN_MEMORY = "(the documents are in memory)"
@@ -59,7 +59,7 @@ class FocusRetriever(FocusCorpus, BaseRetriever):
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
     ) -> list[Document]:
-        return await _async.call(lambda cancelled: self._ranked(query, k, kwargs, cancelled))
+        return await concurrency.call(lambda cancelled: self._ranked(query, k, kwargs, cancelled))
 
     def _ranked(self, query: str, k: int | None, kwargs: dict[str, Any], cancelled: threading.Event) -> list[Document]:
         unknown = sorted(set(kwargs) - {"documents", "memory", "memory_path", "memory_filter"})

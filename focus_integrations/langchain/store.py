@@ -25,9 +25,9 @@ from langgraph.store.base import (
     SearchOp,
 )
 
-from focus_core.corpus import Document
 from focus_core.errors import ConfigError
-from focus_integrations._long_memory import LongMemory
+from focus_core.session.long_memory import LongMemory
+from focus_core.text.corpus import Document
 
 _ITEM = "langgraph_item"
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
@@ -41,7 +41,7 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 
 
 class FocusMemoryStore(BaseStore):
-    """A langgraph store over a :class:`~focus_integrations._long_memory.LongMemory`.
+    """A langgraph store over a :class:`~focus_core.session.long_memory.LongMemory`.
 
     Args:
         memory: holds the items; other documents in it are left alone.

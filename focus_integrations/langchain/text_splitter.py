@@ -1,6 +1,6 @@
 """Cut texts into pieces that become exactly one memory chunk each, with exact offsets.
 
-Boundaries come from :mod:`focus_core.chunking`: paragraphs, then sentences, then tokens. A piece is
+Boundaries come from :mod:`focus_core.text.chunking`: paragraphs, then sentences, then tokens. A piece is
 ``text[start_index:end_index]``, in repetitive text too, and the pieces of a text tile it. No weights are loaded: the
 tokenizer is enough.
 """
@@ -16,12 +16,12 @@ from langchain_core.documents import Document
 from langchain_text_splitters import TextSplitter
 from transformers import PreTrainedTokenizerBase
 
-from focus_core.chunking import Chunk, cut
 from focus_core.config import FocusConfig
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
-from focus_core.hub import load_tokenizer
-from focus_core.tokenization import TextTokenizer
+from focus_core.model.hub import load_tokenizer
+from focus_core.text.chunking import Chunk, cut
+from focus_core.text.tokenization import TextTokenizer
 
 
 class FocusTextSplitter(TextSplitter):

@@ -26,10 +26,11 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
-from focus_core.chat import Message, Role, Tool, ToolCall
-from focus_core.corpus import Document
-from focus_core.engine import Answer, FocusEngine
+from focus_core.answers import Answer
+from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError, NotTextError
+from focus_core.model.chat import Message, Role, Tool, ToolCall
+from focus_core.text.corpus import Document
 
 _ROLES: dict[MessageRole, Role] = {
     MessageRole.SYSTEM: "system",

@@ -14,7 +14,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 from llama_index.core.vector_stores.types import MetadataFilters
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 
-from focus_core.corpus import Document
+from focus_core.text.corpus import Document
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from llama_index.core.vector_stores.types import MetadataFilters
 
-from focus_core.memory import Memory, MemoryState
+from focus_core.method.state import MemoryState
+from focus_core.store.memory import Memory
 from focus_integrations.llama_index._nodes import matching
 
 if TYPE_CHECKING:

@@ -34,8 +34,9 @@ from llama_index_instrumentation import get_dispatcher
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from focus_core.errors import ConfigError, StoreError
-from focus_core.memory import Memory, Progress
-from focus_core.store import Store, write_atomically
+from focus_core.files import write_atomically
+from focus_core.store.memory import Memory, Progress
+from focus_core.store.segments import Store
 from focus_integrations.llama_index._nodes import to_documents
 from focus_integrations.llama_index.chat_engine import FocusChatEngine
 from focus_integrations.llama_index.events import FocusPrefillEvent

@@ -13,8 +13,6 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Seque
 from dataclasses import fields
 from typing import Any, Self, cast
 
-import psutil
-import torch
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -40,17 +38,19 @@ from llama_index.core.tools.types import BaseTool
 from llama_index.core.types import Model, PydanticProgramMode
 from llama_index_instrumentation import get_dispatcher
 
-from focus_core.chat import Message, ToolCallParser
+from focus_core.answers import AnswerStream
 from focus_core.config import DecodeConfig
-from focus_core.corpus import Document
-from focus_core.engine import AnswerStream, FocusEngine, Template
+from focus_core.engine import FocusEngine, Template
 from focus_core.errors import ConfigError
 from focus_core.generation import check_cancelled
-from focus_core.memory import Memory
-from focus_integrations import _async
-from focus_integrations._documents import to_documents
-from focus_integrations._engines import Held, MemoryHolder, shared_engine
-from focus_integrations._pieces import trimmed
+from focus_core.hardware import free_bytes
+from focus_core.model.chat import Message, ToolCallParser
+from focus_core.session import concurrency
+from focus_core.session.documents import to_documents
+from focus_core.session.engines import Held, MemoryHolder, shared_engine
+from focus_core.session.pieces import trimmed
+from focus_core.store.memory import Memory
+from focus_core.text.corpus import Document
 from focus_integrations.llama_index._messages import (
     blocks_of,
     citations_of,
@@ -178,12 +178,12 @@ class FocusLLM(FunctionCallingLLM):
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer without blocking the event loop; cancelling the task stops the engine."""
-        return await _async.call(lambda cancelled: self._complete(prompt, formatted, kwargs, cancelled))
+        return await concurrency.call(lambda cancelled: self._complete(prompt, formatted, kwargs, cancelled))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """Stream without blocking the event loop; closing the stream stops the engine."""
-        items = _async.iterate(lambda cancelled: self._stream_complete(prompt, formatted, kwargs, cancelled))
+        items = concurrency.iterate(lambda cancelled: self._stream_complete(prompt, formatted, kwargs, cancelled))
         return cast(CompletionResponseAsyncGen, items)
 
     def _complete(
@@ -229,12 +229,12 @@ class FocusLLM(FunctionCallingLLM):
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer without blocking the event loop; cancelling the task stops the engine."""
-        return await _async.call(lambda cancelled: self._chat(messages, kwargs, cancelled))
+        return await concurrency.call(lambda cancelled: self._chat(messages, kwargs, cancelled))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """Stream without blocking the event loop; closing the stream stops the engine."""
-        items = _async.iterate(lambda cancelled: self._stream_chat(messages, kwargs, cancelled))
+        items = concurrency.iterate(lambda cancelled: self._stream_chat(messages, kwargs, cancelled))
         return cast(ChatResponseAsyncGen, items)
 
     def _chat(
@@ -475,9 +475,7 @@ def capacity(engine: FocusEngine) -> int:
     """
     base = engine.base
     per_token = 2 * (base.num_layers - 1) * base.num_kv_heads * base.head_dim * base.dtype.itemsize
-    on_gpu = base.device.type == "cuda"
-    free = torch.cuda.mem_get_info(base.device)[0] if on_gpu else psutil.virtual_memory().available
-    return int(free // 2 // per_token) + engine.config.window
+    return int(free_bytes(base.device) // 2 // per_token) + engine.config.window
 
 
 def _texts(stream: AnswerStream, parser: ToolCallParser | None) -> Iterator[str]:

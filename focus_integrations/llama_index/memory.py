@@ -18,7 +18,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.memory.memory import BaseMemoryBlock
 
 from focus_core.errors import ConfigError
-from focus_integrations._long_memory import LongMemory, Recalled
+from focus_core.session.long_memory import LongMemory, Recalled
 from focus_integrations.llama_index._messages import to_messages
 from focus_integrations.llama_index.llm import FocusLLM
 

@@ -1,6 +1,6 @@
 """Cut LlamaIndex documents into nodes that become exactly one memory chunk each.
 
-Boundaries come from :mod:`focus_core.chunking`; a node with its metadata header never has more tokens than a chunk.
+Boundaries come from :mod:`focus_core.text.chunking`; a node with its metadata header has no more tokens than a chunk.
 Node ids depend on document, position and text alone, and ``document.text[start:end]`` is the node's text, in repetitive
 text too. No weights are loaded: the tokenizer is enough.
 """
@@ -20,10 +20,10 @@ from llama_index.core.schema import BaseNode, Document, MetadataMode, TextNode
 from llama_index.core.utils import get_tqdm_iterable
 from transformers import PreTrainedTokenizerBase
 
-from focus_core.chunking import Chunk, cut
 from focus_core.errors import ConfigError
-from focus_core.hub import load_tokenizer
-from focus_core.tokenization import TextTokenizer
+from focus_core.model.hub import load_tokenizer
+from focus_core.text.chunking import Chunk, cut
+from focus_core.text.tokenization import TextTokenizer
 
 _NAMESPACE = uuid.UUID("6f0c5ad1-4f4e-5d9b-9d0e-24081174500f")
 _LEAST_TEXT = 8  # tokens of a chunk that must be left for text beside the metadata

@@ -19,7 +19,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, Qu
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
 
-from focus_core.corpus import Document
+from focus_core.text.corpus import Document
 from focus_integrations.llama_index._found import Found
 from focus_integrations.llama_index._nodes import to_documents
 from focus_integrations.llama_index.llm import FocusLLM

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from focus_core.candidate import CandidateAdapter
-from focus_core.chat import Message, Tool, ToolCall, write_tool_call
 from focus_core.config import FocusConfig
 from focus_core.engine import FocusEngine
-from focus_core.families import BaseDecoder
 from focus_core.generation import Generation
-from focus_core.hub import AdapterInfo, LoadedBase, fingerprint
+from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.chat import Message, Tool, ToolCall, write_tool_call
+from focus_core.model.families import BaseDecoder
+from focus_core.model.hub import AdapterInfo, LoadedBase, fingerprint
 from tests.conftest import byte_level_tokenizer, perturb, tiny_model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from focus_integrations import _engines
+from focus_core.session import engines
 from focus_integrations.langchain import ChatFocusLLM, text_splitter
 from focus_integrations.langchain._model import FocusModel
 from tests.conftest import byte_level_tokenizer
@@ -17,7 +17,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "langchain.md").read_text(encoding=
 def test_the_pages_blocks_run(tmp_path, monkeypatch, capsys):
     """All blocks in order, as one programme, on a tiny engine."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_engines, "_engines", {(None, None, None, None): tiny_engine(chunk_size=256)})
+    monkeypatch.setattr(engines, "_engines", {(None, None, None, None): tiny_engine(chunk_size=256)})
     monkeypatch.setattr(text_splitter, "load_tokenizer", lambda name: byte_level_tokenizer())
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     assert len(blocks) == 5

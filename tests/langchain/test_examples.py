@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessage
 
-from focus_integrations import _engines
+from focus_core.session import engines
 from focus_integrations.langchain import text_splitter
 from tests.conftest import byte_level_tokenizer
 from tests.langchain.conftest import tiny_engine
@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine(chunk_size=256)
-    monkeypatch.setattr(_engines, "_engines", {(None, None, None, None): engine})
+    monkeypatch.setattr(engines, "_engines", {(None, None, None, None): engine})
     monkeypatch.setattr(text_splitter, "load_tokenizer", lambda name: byte_level_tokenizer())
 
 

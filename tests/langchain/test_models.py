@@ -20,12 +20,13 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 from langchain_core.runnables import ConfigurableField
 from pydantic import BaseModel, ValidationError
 
-from focus_core import Document, passes
-from focus_core.chat import Message
+from focus_core import Document
 from focus_core.errors import ConfigError, ContextTooLongError, EmptyCorpusError, NotTextError, OutOfMemoryError
-from focus_core.families import BaseDecoder
-from focus_core.memory import ChunkEncoder
-from focus_integrations import _engines
+from focus_core.method import passes
+from focus_core.model.chat import Message
+from focus_core.model.families import BaseDecoder
+from focus_core.session import engines
+from focus_core.store.memory import ChunkEncoder
 from focus_integrations.langchain import ChatFocusLLM, FocusLLM
 from tests.langchain.conftest import EndlessEngine, ScriptedEngine, tiny_engine
 
@@ -112,8 +113,8 @@ def test_one_load_per_process(monkeypatch):
         time.sleep(0.05)
         return ENGINE
 
-    monkeypatch.setattr(_engines, "_engines", {})
-    monkeypatch.setattr(_engines.FocusEngine, "from_pretrained", load)
+    monkeypatch.setattr(engines, "_engines", {})
+    monkeypatch.setattr(engines.FocusEngine, "from_pretrained", load)
     models = [FocusLLM(max_tokens=2), ChatFocusLLM(max_tokens=2), ChatFocusLLM(chunk_size=32, max_tokens=2)]
     models += [models[1].model_copy(), pickle.loads(pickle.dumps(models[1]))]
     threads = [threading.Thread(target=model.invoke, args=("x",)) for model in models]
@@ -265,7 +266,7 @@ def test_memory_in_every_way(kind, tmp_path):
 def test_documents_of_one_source_are_all_kept():
     """Pieces of one file share a source; each is read, and a text without an id does not push another out."""
     pages = [Page(page_content=f"piece {number}", metadata={"source": "file"}) for number in range(3)]
-    ids = [document.id for document in _engines.to_documents(pages)]
+    ids = [document.id for document in engines.to_documents(pages)]
     assert ids == ["file", "file#2", "file#3"]
     message = ChatFocusLLM(engine=ENGINE, documents=["one"], max_tokens=2).invoke("x", documents=["two"])
     cited = {one["cited_text"] for one in message.response_metadata["citations"]}

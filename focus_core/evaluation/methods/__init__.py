@@ -1,0 +1,1 @@
+"""Answer trials: FocusLLM and the baselines on the same base, by name."""

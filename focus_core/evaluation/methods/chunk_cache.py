@@ -1,0 +1,79 @@
+"""Keep chunk KV in memory between trials, so that a fixed haystack is read once and a trial adds one chunk.
+
+A trial's memory takes the KV that it needs out of the cache and gives its slabs back when it is done with, so hardly a
+chunk is held twice. Chunks are addressed as in a store on disk, by everything that their KV depends on, so a
+hit is exact whatever made it. A full cache takes no more and drops nothing: trials walk through the same
+haystack in the same order, which is the one order that dropping the oldest never serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from focus_core.hardware import free_bytes
+from focus_core.store.memory import ChunkEncoder, Memory
+from focus_core.text.corpus import Document
+
+
+class ChunkCache:
+    """Chunk KV by address; what a memory asks of a store.
+
+    Args:
+        limit: most bytes to hold, in whole slabs; half of what is free on the base's device at the first trial if not
+            given.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.nbytes = 0
+        self.encoded = 0
+        """Chunks that had to be computed so far."""
+        self._chunks: dict[str, Tensor] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._chunks
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def get(self, key: str) -> Tensor:
+        """Take one chunk's (layers, 2, kv_heads, length, head_dim) out."""
+        chunk = self._chunks.pop(key)
+        self.nbytes -= chunk.nbytes
+        return chunk
+
+    def put(self, key: str, chunk: Tensor) -> bool:
+        """Count a chunk that was computed; its KV comes when its memory is given back."""
+        self.encoded += 1
+        return False
+
+    @contextmanager
+    def memory(self, encoder: ChunkEncoder, documents: Iterable[Document]) -> Iterator[Memory]:
+        """Lend a memory of these documents; it is empty once it is given back."""
+        if self.limit is None:
+            self.limit = free_bytes(encoder.base.device) // 2
+        memory = Memory(encoder, self)
+        memory.add(documents)
+        self._let_go()
+        try:
+            yield memory
+        finally:
+            for slab in memory.state.slabs:
+                if self.nbytes + slab.batch.nbytes <= self.limit:
+                    for chunk, tensor in slab.tensors():
+                        self._keep(encoder.key(chunk), tensor)
+            memory.remove([document.id for document in memory.documents])
+
+    def _keep(self, key: str, chunk: Tensor) -> None:
+        self.nbytes += chunk.nbytes if key not in self._chunks else 0
+        self._chunks.setdefault(key, chunk)
+
+    def _let_go(self) -> None:
+        """Copy what a trial did not take, so that it no longer keeps the slabs of the trial before alive."""
+        for key, chunk in self._chunks.items():
+            if chunk.untyped_storage().nbytes() > chunk.nbytes:
+                self._chunks[key] = chunk.clone(memory_format=torch.contiguous_format)

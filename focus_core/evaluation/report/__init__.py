@@ -1,0 +1,1 @@
+"""Keep predictions and metrics, and lay them out as tables and plots."""

@@ -1,0 +1,1 @@
+"""Make trials: one file a task or suite, one row in :mod:`~focus_core.evaluation.tasks.registry` each."""

@@ -1,0 +1,245 @@
+"""Measure perplexity of the last tokens of long texts: with memory, without, and by the base on its own window.
+
+Candidates are renewed at every token (arXiv 2408.11745, section 3.1), in one masked pass instead of one sweep a token:
+the dense pass of training, chunk group by chunk group so that hundreds of chunks fit, and without gradient. It equals
+incremental decoding token for token. All lengths of a text share the same last tokens, so only memory differs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from focus_core.engine import FocusEngine
+from focus_core.errors import ConfigError, ContextTooLongError
+from focus_core.evaluation.report.records import Record, RecordFile, engine_facts, machine_facts, write_metrics
+from focus_core.evaluation.tasks.text_windows import Window
+from focus_core.method.kv import Suffix
+from focus_core.method.parallel import (
+    ChunkRows,
+    LocalRows,
+    Scoring,
+    check_room,
+    encode_chunks,
+    local_start,
+    sink_before,
+    sweep,
+)
+from focus_core.text.chunking import cut
+from focus_core.text.tokenization import Encoded
+
+TARGETS = 256
+GIVEN = 256
+_ROWS_AT_ONCE = {"cpu": 4096, "cuda": 65536}
+
+
+@dataclass(frozen=True)
+class PerplexityRow:
+    """One line of the table: perplexities over the last tokens of all texts.
+
+    Args:
+        name: length and chunk size.
+        ratio: with memory divided by without; below 1 memory helps.
+        memory: perplexity with memory.
+        local: perplexity of the same local context without memory.
+        window: perplexity of the base on the last tokens that its window holds.
+        by_text: ratio of each text.
+        texts: how many.
+        chunks: mean k.
+        seconds: mean time of the pass with memory, chunks read anew.
+        settings: what made it.
+    """
+
+    name: str
+    ratio: float
+    memory: float
+    local: float
+    window: float
+    by_text: dict[str, float]
+    texts: int
+    chunks: float
+    seconds: float
+    settings: Record = field(default_factory=dict)
+
+
+@torch.no_grad()
+def memory_logits(
+    engine: FocusEngine,
+    chunks: Sequence[Sequence[int]],
+    ids: Sequence[int],
+    split: int,
+    rows_at_once: int | None = None,
+) -> Tensor:
+    """Return the logits of the last tokens of a local context over chunks, as incremental decoding gives them.
+
+    Args:
+        engine: base, adapter and settings.
+        chunks: token ids of each chunk, without sink.
+        ids: the local context; the last given tokens before its candidate are the dynamic prompt, as many as
+            ``prompt_length`` allows, and grow with the targets as an answer does.
+        split: number of the first target; tokens before it are given.
+        rows_at_once: candidate rows that run together; ``None`` chooses for the device.
+
+    Returns:
+        (len(ids) - split, vocabulary) float32: row t predicts token ``split + t``.
+
+    Raises:
+        ConfigError: the settings decode in another way, which one pass cannot compute.
+        ContextTooLongError: the local context does not fit the window.
+    """
+    base, positions = engine.base, engine.config.positions
+    head = sink_before(ids, engine.sink)
+    _check_settings(engine, len(head) + len(ids))
+    first = max(0, split - 1 - engine.config.prompt_length)
+    tokens, none = torch.tensor(list(ids)), torch.empty(0, dtype=torch.long)
+    check_room(base, len(chunks), positions, len(head) + len(ids))
+    most = rows_at_once or _ROWS_AT_ONCE.get(base.device.type, 4096)
+    size = max(1, most // (len(ids) - split))
+    order = sorted(range(len(chunks)), key=lambda index: -len(chunks[index]))
+    visible = torch.arange(split - 1, len(ids) - 1) - first
+    groups = []
+    for start in range(0, len(order), size):
+        indices = order[start : start + size]
+        rows = [[*sink_before([], engine.sink), *chunks[index]] for index in indices]
+        batch = encode_chunks(base, rows)
+        suffix = Suffix(batch, len(ids) - first)
+        before = ChunkRows(batch, suffix, indices, len(chunks), tokens[first:-2], none, none)
+        sweep(base, engine.adapter, [[before]], (), positions)
+        groups.append(ChunkRows(batch, suffix, indices, len(chunks), none, tokens[split - 1 : -1], visible))
+    rows_local = torch.tensor([*head, *ids[:-1]])
+    start = local_start(len(chunks), positions)
+    local = LocalRows(rows_local, start, None, groups, shared_rows=len(head) + split, scoring=Scoring.of(engine.config))
+    hidden = sweep(base, engine.adapter, [[group] for group in groups], [local], positions)[0]
+    return base.logits(hidden[:, split - len(ids) :])[0].float()
+
+
+def _check_settings(engine: FocusEngine, rows: int) -> None:
+    if engine.config.local_mode != "incremental":
+        raise ConfigError(
+            f"perplexity is computed as incremental decoding, but local_mode is {engine.config.local_mode!r}; "
+            "use an adapter with local_mode='incremental'"
+        )
+    if rows > engine.config.window:
+        raise ContextTooLongError(
+            f"a local context of {rows} tokens does not fit the window of {engine.config.window}; give fewer (--given)"
+        )
+
+
+@torch.no_grad()
+def window_logits(engine: FocusEngine, ids: Sequence[int], targets: int) -> Tensor:
+    """Return the base's own (targets, vocabulary) logits of the last tokens of ``ids``, by transformers' forward."""
+    row = torch.tensor([[*sink_before(ids, engine.sink), *ids[:-1]]], device=engine.base.device)
+    logits: Tensor = engine.loaded.model(row, use_cache=False, logits_to_keep=targets).logits[0].float()
+    return logits
+
+
+Known = dict[tuple[str, int], float]
+"""Losses of the base by window and how many of its last tokens are read: no memory changes them."""
+
+
+def measure_window(
+    engine: FocusEngine, window: Window, tokens: int, given: int, targets: int = TARGETS, known: Known | None = None
+) -> Record:
+    """Return the mean negative log-likelihoods of a window's last ``targets`` tokens.
+
+    Args:
+        engine: model under test.
+        window: of at least ``tokens`` tokens.
+        tokens: memory and local context together.
+        given: tokens of the local context before the targets.
+        targets: how many tokens are scored.
+        known: losses of the base; a missing one is computed and put in.
+    """
+    started = time.monotonic()
+    if given < 1:
+        raise ConfigError(f"perplexity needs at least 1 local token before the scored ones; got {given} (--given)")
+    local = given + targets
+    if tokens <= local:
+        raise ConfigError(f"a length of {tokens} tokens leaves no memory beside {local} local tokens; ask for more")
+    whole = window.end(tokens)
+    ids = whole.encoded.ids.tolist()
+    places = whole.encoded
+    stop = len(ids) - local
+    before = Encoded(places.ids[:stop], places.starts[:stop], places.clean[:stop], int(places.starts[stop]))
+    chunks = [chunk.ids for chunk in cut("text", whole.text, before, engine.config.chunk_size)]
+    scored = torch.tensor(ids[-targets:], device=engine.base.device)
+
+    def nll(logits: Tensor) -> float:
+        return float(F.cross_entropy(logits, scored))
+
+    memory = nll(memory_logits(engine, chunks, ids[-local:], given))
+    seconds = round(time.monotonic() - started, 2)
+    known = {} if known is None else known
+
+    def alone(tokens: int) -> float:
+        key = (window.fingerprint, tokens)
+        if key not in known:
+            known[key] = nll(window_logits(engine, window.encoded.ids[-tokens:].tolist(), targets))
+        return known[key]
+
+    return {
+        "text": window.name,
+        "memory": memory,
+        "local": alone(local),
+        "window": alone(engine.base.window - 1),
+        "chunks": len(chunks),
+        "seconds": seconds,
+    }
+
+
+def run_perplexity(
+    engine: FocusEngine,
+    name: str,
+    windows: Sequence[Window],
+    tokens: int,
+    given: int,
+    output: Path,
+    report: Callable[[Record], None] = lambda record: None,
+    *,
+    settings: Record | None = None,
+    known: Known | None = None,
+    targets: int = TARGETS,
+) -> PerplexityRow:
+    """Measure all windows, resumable like :func:`~focus_core.evaluation.runner.run`, and summarise.
+
+    Args:
+        engine: model under test.
+        name: of the files.
+        windows: from :func:`read_windows`, the same for all lengths.
+        tokens: memory and local context together.
+        given: tokens of the local context before the targets.
+        output: folder.
+        report: called with each record.
+        settings: what made the windows.
+        known: as in :func:`measure_window`; share it between lengths.
+        targets: how many tokens are scored.
+    """
+    settings = {**(settings or {}), "tokens": tokens, "given": given, "targets": targets}
+    file = RecordFile(output / f"{name}.jsonl", {"task": name, "settings": settings, **engine_facts(engine)})
+    records = []
+    for record in file.extend(
+        windows,
+        lambda window: window.fingerprint,
+        lambda window: measure_window(engine, window, tokens, given, targets, known),
+    ):
+        records.append(record)
+        report(record)
+
+    def mean(key: str) -> float:
+        return float(sum(record[key] for record in records)) / len(records)
+
+    memory, local, window = (math.exp(mean(key)) for key in ("memory", "local", "window"))
+    by_text = {record["text"]: math.exp(record["memory"] - record["local"]) for record in records}
+    row = PerplexityRow(
+        name, memory / local, memory, local, window, by_text, len(records), mean("chunks"), mean("seconds"), settings
+    )
+    facts = {"run": file.identity, "trained": engine.info.trained, **machine_facts(engine)}
+    write_metrics(output / f"{name}.json", {**asdict(row), **facts})
+    return row

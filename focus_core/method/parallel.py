@@ -1,0 +1,502 @@
+"""Run the method: every chunk in parallel, one candidate per chunk and step, candidates in front of the local context.
+
+This is parallel decoding of FocusLLM (arXiv 2408.11745, section 2.3, equations 1-5), one sweep through the layers for
+all rows: at layer l the local rows need only layer l's candidate keys and values, which the same layer has just made.
+Training runs the same rows with many targets at once. Nothing here tokenises, samples or prints; a sweep that fails or
+is cancelled leaves what was committed before it unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from focus_core.config import CandidateBias, FocusConfig, Positions, TrainConfig
+from focus_core.errors import ContextTooLongError
+from focus_core.method.attention import (
+    HIDDEN,
+    Part,
+    attend,
+    attend_causal,
+    attend_self,
+    attend_top,
+    causal_bias,
+    merge,
+    scores_of,
+)
+from focus_core.method.kv import ChunkBatch, GrowingKV, Suffix, move_keys, rotation
+from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.families import BaseDecoder
+
+Check = Callable[[], None]
+"""Called between layers; raises to cancel."""
+
+_FEW = 0.25  # a smaller share of a batch's chunks is copied when the others are left out
+
+
+def _never() -> None:
+    return None
+
+
+# -- positions --------------------------------------------------------------------------------------------------
+
+
+def candidate_positions(chunks: int, positions: Positions) -> range | list[int]:
+    """Return where the candidates stand in front of the local row: 0..k-1 if ``ordered``, all at 0 if ``shared``."""
+    return range(chunks) if positions == "ordered" else [0] * chunks
+
+
+def local_start(chunks: int, positions: Positions) -> int:
+    """Return the position of the first local row: behind all candidates, or 0 when there are none."""
+    return chunks if positions == "ordered" else min(chunks, 1)
+
+
+def sink_before(local: Sequence[int], sink: int | None) -> list[int]:
+    """Return what stands before a local context: the sink, unless there is none or the context begins with it."""
+    return [] if sink is None or (len(local) > 0 and local[0] == sink) else [sink]
+
+
+# -- chunk pass -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_chunks(base: BaseDecoder, rows: Sequence[Sequence[int]], check: Check = _never) -> ChunkBatch:
+    """Run the chunk pass: each row attends to itself alone, at positions 0.. (method step 1).
+
+    Args:
+        base: the frozen decoder.
+        rows: token ids of each chunk, its sink included; they may differ in length.
+        check: called between layers, may raise to cancel.
+
+    Returns:
+        Chunk KV of all layers but the last, whose KV no candidate reads.
+    """
+    lengths = tuple(len(row) for row in rows)
+    batch = ChunkBatch.empty(base.num_layers - 1, base.num_kv_heads, base.head_dim, lengths, base.dtype, base.device)
+    ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.as_tensor(row)
+    ids = ids.to(base.device)
+    positions = torch.arange(ids.shape[1], device=base.device).expand_as(ids)
+
+    def store_and_attend(
+        layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        batch.data[layer, 0].copy_(key)
+        batch.data[layer, 1].copy_(value)
+        if softcap is not None:
+            return attend_causal(query, key, value, scale, softcap=softcap).out.transpose(1, 2)
+        groups = query.shape[1] > key.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups)
+        return out.transpose(1, 2)
+
+    hidden = base.embed(ids, positions)
+    rope = base.rope(hidden, positions[:1])
+    with base.own_attention():
+        for layer in range(base.num_layers - 1):
+            check()
+            hidden = base.run_layer(layer, hidden, rope, store_and_attend)
+    return batch
+
+
+# -- rows of a sweep --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ChunkRows:
+    """The rows that one sweep runs behind some chunks: ordinary tokens, then candidates.
+
+    Args:
+        chunks: their chunk KV, read only.
+        suffix: what this question put behind each chunk so far.
+        indices: the chunks' numbers in the memory they belong to.
+        total: chunks of that memory.
+        ordinary: (m,) ids that run as ordinary tokens and join the suffix.
+        candidates: (T,) ids that run as candidates; decoding has T = 1.
+        visible: (T,) suffix tokens each candidate sees, the new ordinary ones included.
+        rows: of each of ``indices``, its row in ``chunks``: equal chunks share one, and so their candidate, which
+            stands in front of the local rows once for each; a row that is not named stands nowhere. ``None`` where
+            every chunk has its own, in order.
+    """
+
+    chunks: ChunkBatch
+    suffix: Suffix
+    indices: Sequence[int]
+    total: int
+    ordinary: Tensor
+    candidates: Tensor
+    visible: Tensor
+    rows: Sequence[int] | None = None
+    turn: tuple[Tensor, Tensor] | None = None
+    keys: Tensor = field(init=False)
+    values: Tensor = field(init=False)
+    _suffix_bias: Tensor | None = None
+    _chunk_bias: Tensor | None = None
+    _copies: Tensor | None = None
+
+    def only(self, numbers: Mapping[int, int]) -> ChunkRows | None:
+        """Return the rows of some chunks alone, with what their suffixes hold; ``None`` if no such chunk is here.
+
+        Their KV is copied where they are few; where they are many they stay where they are, beside rows not shown.
+
+        Args:
+            numbers: of the wanted chunks, ``indices`` to what they shall be.
+        """
+        rows = range(self.chunks.size) if self.rows is None else self.rows
+        kept = [(numbers[index], row) for index, row in zip(self.indices, rows, strict=True) if index in numbers]
+        if not kept:
+            return None
+        chunks, suffix, places = self.chunks, self.suffix, sorted({row for _, row in kept})
+        if len(places) <= _FEW * chunks.size:
+            chunks, suffix = chunks.choose(places), suffix.choose(places)
+            kept = [(number, places.index(row)) for number, row in kept]
+        indices, rows = [number for number, _ in kept], [row for _, row in kept]
+        none = torch.empty(0, dtype=torch.long)
+        return ChunkRows(chunks, suffix, indices, len(numbers), none, none, none, rows=rows)
+
+    def prepare(self, base: BaseDecoder, positions: Positions) -> None:
+        """Make masks and the rotation that brings candidate keys in front of the local row."""
+        device = base.device
+        self._chunk_bias = self.chunks.bias()
+        rows, targets, seen = len(self.ordinary), len(self.candidates), self.suffix.used + len(self.ordinary)
+        self._suffix_bias = None
+        if seen and (rows > 1 or bool((self.visible < seen).any())):
+            candidate = torch.arange(seen, device=device) >= self.visible.to(device)[:, None]
+            candidate_bias = torch.zeros(1, 1, targets, seen, device=device).masked_fill_(candidate, HIDDEN)
+            self._suffix_bias = torch.cat([causal_bias(rows, seen, device), candidate_bias], dim=2)
+        self._copies = None
+        lengths = torch.tensor(self.chunks.lengths)
+        if self.rows is not None and list(self.rows) != list(range(self.chunks.size)):
+            copies = torch.tensor(self.rows)
+            lengths, self._copies = lengths[copies], copies.to(device)
+        if base.rotary:
+            here = lengths[:, None] + self.visible[None, :]
+            there = torch.tensor(list(candidate_positions(self.total, positions)))
+            delta = (there[list(self.indices), None] - here).flatten().to(device)
+            self.turn = rotation(base.inverse_frequencies.to(device), delta)
+
+    def ids(self) -> tuple[Tensor, Tensor]:
+        """Return (chunks * m,) ordinary and (chunks * T,) candidate ids."""
+        return self.ordinary.repeat(self.chunks.size), self.candidates.repeat(self.chunks.size)
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Return the positions of :meth:`ids`: behind the chunk and the suffix."""
+        ends = torch.tensor(self.chunks.lengths)[:, None]
+        ordinary = ends + self.suffix.used + torch.arange(len(self.ordinary))
+        return ordinary.flatten(), (ends + self.visible).flatten()
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """Attend each row to its chunk, the suffix before it, and (candidates) itself.
+
+        Args:
+            layer: layer number; in the base's last one only the candidates' K and V are kept.
+            query: (1, heads, chunks * (m + T), head_dim), ordinary rows first.
+            key: (1, kv_heads, chunks * (m + T), head_dim), rotated.
+            value: like ``key``.
+            scale: of the scores.
+            softcap: of the scores.
+
+        Returns:
+            (1, chunks * (m + T), heads, head_dim).
+        """
+        count, targets = self.chunks.size, len(self.candidates)
+        split = key.shape[2] - count * targets
+        candidate_key, candidate_value = key[:, :, split:], value[:, :, split:]
+        kv_heads = key.shape[1]
+        shown_key, shown_value = self._shown(candidate_key), self._shown(candidate_value)
+        moved, dim, chunks = move_keys(shown_key, self.turn), key.shape[3], len(self.indices)
+        self.keys = moved.reshape(kv_heads, chunks, targets, dim).permute(2, 0, 1, 3)  # (T, kv_heads, chunks, head_dim)
+        self.values = shown_value.reshape(kv_heads, chunks, targets, dim).permute(2, 0, 1, 3)
+        if layer == self.chunks.data.shape[0]:  # the base's last layer
+            return query.new_zeros(1, query.shape[2], query.shape[1], query.shape[3])
+
+        ordinary_rows = split // count
+        rows = torch.cat([by_chunk(query[:, :, :split], count), by_chunk(query[:, :, split:], count)], dim=2)
+        parts = [
+            attend(
+                rows,
+                self.chunks.data[layer, 0],
+                self.chunks.data[layer, 1],
+                scale,
+                softcap=softcap,
+                bias=self._chunk_bias,
+            )
+        ]
+        suffix_key, suffix_value = self.suffix.write(
+            layer, by_chunk(key[:, :, :split], count), by_chunk(value[:, :, :split], count)
+        )
+        if suffix_key.shape[2]:
+            parts.append(attend(rows, suffix_key, suffix_value, scale, softcap=softcap, bias=self._suffix_bias))
+        seen = merge(parts)
+        if not targets:
+            return packed_rows(seen.out)
+        ordinary = seen.out[:, :, :ordinary_rows]
+        own = attend_self(
+            rows[:, :, ordinary_rows:],
+            by_chunk(candidate_key, count),
+            by_chunk(candidate_value, count),
+            scale,
+            softcap=softcap,
+        )
+        before = Part(seen.out[:, :, ordinary_rows:], seen.lse[:, :, ordinary_rows:])
+        candidate = merge([before, own]).out
+        return torch.cat([packed_rows(ordinary), packed_rows(candidate)], dim=1)
+
+    def _shown(self, candidates: Tensor) -> Tensor:
+        """Repeat what equal chunks share: (1, kv_heads, rows * T, head_dim) -> (1, kv_heads, chunks * T, head_dim)."""
+        if self._copies is None:
+            return candidates
+        _, kv_heads, _, dim = candidates.shape
+        each = candidates.reshape(1, kv_heads, self.chunks.size, len(self.candidates), dim)
+        return each[:, :, self._copies].reshape(1, kv_heads, -1, dim)
+
+
+class LocalCache(GrowingKV):
+    """Local KV of all layers, kept between the steps of ``incremental`` mode."""
+
+    def __init__(self, base: BaseDecoder, capacity: int) -> None:
+        shape = (base.num_layers, 2, 1, base.num_kv_heads, max(capacity, 1), base.head_dim)
+        super().__init__(torch.empty(shape, dtype=base.dtype, device=base.device))
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How local rows weigh candidates; the defaults leave the base's attention as it is.
+
+    Args:
+        bias: ``log_k`` lowers every candidate's score by log k.
+        top: candidates that a head attends to; 0 is all.
+        first_layer: local rows of layers before it attend to no candidates.
+    """
+
+    bias: CandidateBias = "none"
+    top: int = 0
+    first_layer: int = 0
+
+    @classmethod
+    def of(cls, settings: FocusConfig | TrainConfig) -> Self:
+        """Return what an adapter's or a training run's settings say."""
+        return cls(settings.candidate_bias, settings.top_candidates, settings.first_candidate_layer)
+
+    def lowered(self, candidates: int) -> float:
+        """Return what is taken off each of the scores of ``candidates`` candidates."""
+        return math.log(candidates) if self.bias == "log_k" else 0.0
+
+
+PLAIN = Scoring()
+
+
+@dataclass
+class LocalRows:
+    """The local rows of one sweep, and what they see of the candidates.
+
+    Args:
+        ids: (n,) token ids, the sink included at the first sweep.
+        position: of the first row.
+        cache: local KV before these rows; ``None`` runs them alone (training).
+        groups: the chunk rows whose candidates these rows see.
+        shared_rows: rows that see candidate set 0; each row after them sees the next set.
+        record: keep the attention mass of the last row on every candidate.
+        scoring: of the candidates.
+    """
+
+    ids: Tensor
+    position: int
+    cache: LocalCache | None
+    groups: Sequence[ChunkRows]
+    shared_rows: int
+    record: bool = False
+    mass: list[Tensor] = field(default_factory=list)
+    scoring: Scoring = PLAIN
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """Attend each local row to the local rows up to it and to the candidates of its step.
+
+        Args:
+            layer: layer number; the groups have made their candidates of this layer.
+            query: (1, heads, n, head_dim).
+            key: (1, kv_heads, n, head_dim).
+            value: like ``key``.
+            scale: of the scores.
+            softcap: of the scores.
+
+        Returns:
+            (1, n, heads, head_dim).
+        """
+        rows = query.shape[2]
+        if self.cache is not None:
+            key, value = self.cache.write(layer, key, value)
+        if key.shape[2] == rows:
+            local = attend_causal(query, key, value, scale, softcap=softcap)
+        else:
+            bias = causal_bias(rows, key.shape[2], query.device) if rows > 1 else None
+            local = attend(query, key, value, scale, softcap=softcap, bias=bias)
+        if not self.groups:
+            return local.out.transpose(1, 2)
+        if layer < self.scoring.first_layer:
+            if self.record:
+                self.mass.append(query.new_zeros(query.shape[1], sum(len(group.indices) for group in self.groups)))
+            return local.out.transpose(1, 2)
+        candidate_key = torch.cat([group.keys for group in self.groups], dim=2)  # (T, kv_heads, k, head_dim)
+        candidate_value = torch.cat([group.values for group in self.groups], dim=2)
+        merged = merge([local, self._attend_candidates(query, candidate_key, candidate_value, scale, softcap)])
+        if self.record:
+            scores = scores_of(query[:, :, -1:], candidate_key[-1:], scale, softcap)[0, :, 0]
+            if 0 < self.scoring.top < scores.shape[1]:
+                unseen = torch.ones_like(scores, dtype=torch.bool)
+                unseen.scatter_(1, scores.topk(self.scoring.top, dim=1).indices, False)
+                scores = scores.masked_fill(unseen, HIDDEN)
+            lowered = self.scoring.lowered(scores.shape[1])
+            self.mass.append(torch.exp(scores - lowered - merged.lse[0, :, -1:]))
+        return merged.out.transpose(1, 2)
+
+    def _attend_candidates(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Part:
+        top, lowered = self.scoring.top or key.shape[2], self.scoring.lowered(key.shape[2])
+        first = attend_top(query[:, :, : self.shared_rows], key[:1], value[:1], scale, top, softcap=softcap)
+        if query.shape[2] == self.shared_rows:
+            return first._replace(lse=first.lse - lowered)
+        each = query[0, :, self.shared_rows :].transpose(0, 1).unsqueeze(2)  # (T - 1, heads, 1, head_dim)
+        later = attend_top(each, key[1:], value[1:], scale, top, softcap=softcap)
+        return Part(
+            torch.cat([first.out, later.out.squeeze(2).transpose(0, 1).unsqueeze(0)], dim=2),
+            torch.cat([first.lse, later.lse.squeeze(2).transpose(0, 1).unsqueeze(0)], dim=2) - lowered,
+        )
+
+
+# -- the sweep --------------------------------------------------------------------------------------------------
+
+
+def sweep(
+    base: BaseDecoder,
+    adapter: CandidateAdapter,
+    calls: Sequence[Sequence[ChunkRows]],
+    locals_: Sequence[LocalRows],
+    positions: Positions,
+    check: Check = _never,
+) -> list[Tensor]:
+    """Run ordinary, candidate and local rows through the layers together (method steps 2-5).
+
+    At each layer the calls run one after the other and the local rows ride with the last, when every candidate's K
+    and V of that layer is known; so weights are read once a step whatever the number of calls.
+
+    Args:
+        base: the frozen decoder.
+        adapter: its candidate projections.
+        calls: chunk rows that pass a layer together, call by call; decoding cuts a large memory into several calls,
+            training puts several memories into one.
+        locals_: local contexts; none only extends the suffixes.
+        positions: of the candidates in front of the local rows.
+        check: called between layers, may raise to cancel; nothing is committed then.
+
+    Returns:
+        Last-layer states of each local context, (1, n, hidden).
+    """
+    groups = [group for call in calls for group in call]
+    for group in groups:
+        group.prepare(base, positions)
+    spec = list(calls) or [()]
+    running = [_LayerCall(base, call, locals_ if index == len(spec) - 1 else ()) for index, call in enumerate(spec)]
+    with base.own_attention():
+        for layer in range(base.num_layers):
+            check()
+            if layer == base.num_layers - 1:
+                if not locals_:
+                    break
+                for call in running:
+                    call.drop_ordinary()
+            for call in running:
+                call.run(base, adapter, layer)
+    for group in groups:
+        group.suffix.commit(len(group.ordinary))
+    for local in locals_:
+        if local.cache is not None:
+            local.cache.commit(len(local.ids))
+    return running[-1].local_hidden()
+
+
+class _LayerCall:
+    """Rows that pass a layer together, packed into one sequence: [ordinary rows | local rows | candidate rows]."""
+
+    def __init__(self, base: BaseDecoder, groups: Sequence[ChunkRows], locals_: Sequence[LocalRows]) -> None:
+        self.groups, self.locals = groups, locals_
+        ids, at = [group.ids() for group in groups], [group.positions() for group in groups]
+        blocks = [pair[0] for pair in ids] + [local.ids for local in locals_] + [pair[1] for pair in ids]
+        places = [pair[0] for pair in at]
+        places += [torch.arange(len(local.ids)) + local.position for local in locals_]
+        places += [pair[1] for pair in at]
+        self.sizes = [len(block) for block in blocks]
+        packed = torch.cat(blocks).unsqueeze(0).to(base.device)
+        positions = torch.cat(places).unsqueeze(0).to(base.device)
+        self.hidden = base.embed(packed, positions)
+        self.rope = base.rope(self.hidden, positions)
+        self.candidates = sum(self.sizes[len(groups) + len(locals_) :])
+
+    def run(self, base: BaseDecoder, adapter: CandidateAdapter, layer: int) -> None:
+        """Pass one layer."""
+        start = self.hidden.shape[1] - self.candidates if self.candidates else None
+        with adapter.rows.starting_at(start):
+            self.hidden = base.run_layer(layer, self.hidden, self.rope, self._attend)
+
+    def drop_ordinary(self) -> None:
+        """Leave out the ordinary rows: behind the last layer nothing reads them."""
+        dropped = sum(self.sizes[: len(self.groups)])
+        self.sizes[: len(self.groups)] = [0] * len(self.groups)
+        self.hidden = self.hidden[:, dropped:]
+        if self.rope is not None:
+            self.rope = (self.rope[0][:, dropped:], self.rope[1][:, dropped:])
+
+    def local_hidden(self) -> list[Tensor]:
+        """Return the states of each local context, (1, n, hidden)."""
+        first = len(self.groups)
+        return list(torch.split(self.hidden, self.sizes, dim=1))[first : first + len(self.locals)]
+
+    def _attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        blocks = list(zip(*(torch.split(tensor, self.sizes, dim=2) for tensor in (query, key, value)), strict=True))
+        count, locals_end = len(self.groups), len(self.groups) + len(self.locals)
+        outs: list[Tensor] = [query] * len(blocks)
+        for index, group in enumerate(self.groups):
+            ordinary, candidate = blocks[index], blocks[locals_end + index]
+            rows = [torch.cat(pair, dim=2) for pair in zip(ordinary, candidate, strict=True)]
+            out = group.attend(layer, rows[0], rows[1], rows[2], scale, softcap)
+            both = [self.sizes[index], self.sizes[locals_end + index]]
+            outs[index], outs[locals_end + index] = torch.split(out, both, dim=1)
+        for index, local in enumerate(self.locals):
+            local_query, local_key, local_value = blocks[count + index]
+            outs[count + index] = local.attend(layer, local_query, local_key, local_value, scale, softcap)
+        return torch.cat(outs, dim=1)
+
+
+def check_room(base: BaseDecoder, chunks: int, positions: Positions, local_rows: int) -> None:
+    """Raise :class:`ContextTooLongError` if the candidates and local rows pass the base's last position."""
+    needed = local_start(chunks, positions) + local_rows
+    if needed > base.window:
+        raise ContextTooLongError(
+            f"{chunks} candidates and {local_rows} local tokens need {needed} positions, but the base has "
+            f"{base.window}; use positions='shared', larger chunks, or a shorter question"
+        )
+
+
+def by_chunk(packed: Tensor, chunks: int) -> Tensor:
+    """(1, heads, chunks * rows, head_dim) -> (chunks, heads, rows, head_dim)."""
+    _, heads, rows, dim = packed.shape
+    return packed.reshape(heads, chunks, rows // chunks, dim).transpose(0, 1)
+
+
+def packed_rows(out: Tensor) -> Tensor:
+    """(chunks, heads, rows, head_dim) -> (1, chunks * rows, heads, head_dim)."""
+    chunks, heads, rows, dim = out.shape
+    return out.transpose(1, 2).reshape(1, chunks * rows, heads, dim)

@@ -1,0 +1,180 @@
+"""Let requests that wait for the model pass its layers together.
+
+Whoever finds the model free leads: it takes along what others have brought meanwhile, and one sweep serves all, so
+weights are read once for all of them. There is no thread of its own and no queue to configure; a request alone runs at
+once. One request's failure is its own: after a failed common sweep each runs alone. It knows nothing of text.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from focus_core.config import Positions
+from focus_core.errors import CancelledError
+from focus_core.method.parallel import Check, ChunkRows, LocalRows, sweep
+from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.families import BaseDecoder
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+_PATIENCE = 0.004  # seconds that a leader waits for those who came along last time
+_MOST = 16  # requests of one sweep
+
+
+@dataclass(eq=False)
+class Pass:
+    """What one request wants of a sweep.
+
+    Args:
+        calls: chunk rows, see :func:`~focus_core.method.parallel.sweep`.
+        local: its local rows.
+        positions: of its candidates.
+        check: raises to cancel.
+        small: whether its rows are few, so that they may join those of other requests in one call.
+    """
+
+    calls: Sequence[Sequence[ChunkRows]]
+    local: LocalRows
+    positions: Positions
+    check: Check
+    small: bool
+    hidden: Tensor | None = None
+    error: Exception | None = field(default=None, repr=False)
+    done: bool = False
+
+    def failure(self) -> Exception | None:
+        """Hand over what went wrong: kept here, it and the frames that it names would hold each other."""
+        error, self.error = self.error, None
+        return error
+
+
+class SharedPasses:
+    """Runs the sweeps of all requests to one base and adapter, several together where several wait.
+
+    Args:
+        base: the frozen decoder.
+        adapter: its candidate projections.
+    """
+
+    def __init__(self, base: BaseDecoder, adapter: CandidateAdapter) -> None:
+        self.base, self.adapter = base, adapter
+        self._change = threading.Condition()
+        self._waiting: list[Pass] = []
+        self._busy = False
+        self._together = 1
+
+    def run(self, own: Pass) -> Tensor:
+        """Run a pass, alone or with others, and return its last-layer states (1, rows, hidden).
+
+        Raises:
+            CancelledError: its ``check`` said so.
+        """
+        with self._change:
+            self._waiting.append(own)
+            self._change.notify_all()
+            while self._busy and not own.done:
+                self._change.wait()
+            leads = not own.done
+            self._busy = self._busy or leads
+        if leads:
+            self._lead(own)
+        error = own.failure()
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
+        own.check()  # in a common sweep one that is cancelled does not stop the others
+        assert own.hidden is not None
+        return own.hidden
+
+    def _lead(self, own: Pass) -> None:
+        batch: list[Pass] = [own]
+        try:
+            batch = self._gather(own)
+            self._sweep(batch)
+        finally:  # an interrupt of this thread is not the others'
+            with self._change:
+                self._waiting = [*(item for item in batch if item is not own and not item.done), *self._waiting]
+                self._busy = False
+                self._change.notify_all()
+
+    def _gather(self, own: Pass) -> list[Pass]:
+        """Take the waiting passes that fit ``own``, after giving those of the last sweep a moment to come back."""
+        with self._change:
+            try:
+                self._change.wait_for(lambda: len(self._waiting) >= self._together, _PATIENCE)
+            finally:
+                self._waiting.remove(own)
+            others = [item for item in self._waiting if item.positions == own.positions][: _MOST - 1]
+            self._waiting = [item for item in self._waiting if item not in others]
+            self._together = 1 + len(others)
+            return [own, *others]
+
+    def _sweep(self, batch: list[Pass]) -> None:
+        try:
+            states = self._together_or_alone(batch)
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0].error, batch[0].done = error, True
+                return
+            for item in batch:
+                self._sweep([item])
+            return
+        for item, hidden in zip(batch, states, strict=True):
+            item.hidden, item.done = hidden, True
+
+    def _together_or_alone(self, batch: list[Pass]) -> list[Tensor]:
+        calls = [call for item in batch if not item.small for call in item.calls]
+        joined = [group for item in batch if item.small for call in item.calls for group in call]
+        calls = [*calls, joined] if joined else calls
+        with torch.no_grad():
+            return sweep(
+                self.base,
+                self.adapter,
+                calls,
+                [item.local for item in batch],
+                batch[0].positions,
+                lambda: _check_all(batch),
+            )
+
+
+def _check_all(batch: Sequence[Pass]) -> None:
+    """Raise if every one of the passes is cancelled; one that is not keeps the sweep going."""
+    for number, item in enumerate(batch):
+        try:
+            item.check()
+        except CancelledError:
+            if number == len(batch) - 1:
+                raise
+        else:
+            return
+
+
+def run_together(work: Callable[[_T], _R], items: Sequence[_T], cancelled: threading.Event) -> list[_R]:
+    """Return ``work`` of every item; they run in threads, so that their requests meet and share sweeps.
+
+    Args:
+        work: makes one request to an engine.
+        items: any number; as many as share a sweep run at the same time.
+        cancelled: set when one fails, so that the others can end.
+
+    Raises:
+        Exception: of the first item that failed.
+    """
+    if len(items) <= 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(min(len(items), _MOST), thread_name_prefix="focusllm-batch") as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            cancelled.set()
+            raise

@@ -1,0 +1,306 @@
+"""Read one question over a memory: hold its suffixes and local KV between sweeps.
+
+Everything that grows while an answer is decoded lives in a :class:`Reading`; the memory and the model are shared and
+unchanged. If a sweep runs out of memory before anything was committed, it is tried again with fewer chunks at a time.
+It samples nothing and knows no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from focus_core.config import FocusConfig
+from focus_core.errors import ContextTooLongError, OutOfMemoryError
+from focus_core.hardware import free_bytes, is_out_of_memory
+from focus_core.method.kv import Suffix
+from focus_core.method.parallel import (
+    Check,
+    ChunkRows,
+    LocalCache,
+    LocalRows,
+    Scoring,
+    check_room,
+    local_start,
+    sink_before,
+    sweep,
+)
+from focus_core.method.passes import Pass, SharedPasses
+from focus_core.method.state import MemoryState
+from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.families import BaseDecoder
+
+_FEW_CHUNKS = 8  # below this a pass of its own for the opening costs more than it saves
+_KEPT_SHARE = 0.25  # of the memory's tokens that a kept opening may have behind all chunks
+_ROWS_AT_ONCE = {"cpu": 8192, "cuda": 131072}
+
+
+class Reading:
+    """The state of one question.
+
+    Args:
+        base: the frozen decoder.
+        adapter: its candidate projections.
+        focus: settings.
+        state: the memory to read; later changes of the memory do not reach this reading.
+        sink: token that starts the local row, or ``None``.
+        max_tokens: most tokens that will be generated.
+        chunks_per_batch: chunks run together; ``None`` chooses from free memory.
+        check: called between layers, may raise to cancel.
+        passes: runs the sweeps, together with those of other readings that share it; its own if not given.
+    """
+
+    def __init__(
+        self,
+        base: BaseDecoder,
+        adapter: CandidateAdapter,
+        focus: FocusConfig,
+        state: MemoryState,
+        sink: int | None,
+        *,
+        max_tokens: int,
+        chunks_per_batch: int | None = None,
+        check: Check = lambda: None,
+        passes: SharedPasses | None = None,
+    ) -> None:
+        self.passes = passes or SharedPasses(base, adapter)
+        self.base, self.adapter, self.focus, self.state, self.sink = base, adapter, focus, state, sink
+        self.max_tokens, self.chunks_per_batch = max_tokens, chunks_per_batch
+        self.check = check
+        self.ids: list[int] = []
+        self.local: list[int] = []
+        self.mass: list[Tensor] = []
+        self.prompt_tokens = 0
+        self.reread_tokens = 0
+        self._kept: list[int] | None = None
+        self._groups: list[ChunkRows] = []
+        self._cache: LocalCache | None = None
+
+    @property
+    def chunks(self) -> int:
+        """k, the number of chunks in memory."""
+        return len(self.state.chunks)
+
+    @property
+    def candidates(self) -> int:
+        """How many of them stand in front of the local rows: k, or fewer after :meth:`narrow`."""
+        return self.chunks if self._kept is None else len(self._kept)
+
+    def begin(self, ids: Sequence[int], opening: int = 0) -> Tensor:
+        """Inject the dynamic prompt behind every chunk and read the local context (method steps 2-4).
+
+        Args:
+            ids: the local context, at least one token.
+            opening: how many of its first tokens other questions begin with too, such as a system turn: what they are
+                behind every chunk is kept with the memory for the next question.
+
+        Returns:
+            (vocabulary,) float32 logits of the next token.
+
+        Raises:
+            ContextTooLongError: the local context or a chunk row would not fit the window.
+            OutOfMemoryError: not even one chunk at a time fits.
+        """
+        head = sink_before(ids, self.sink)
+        self._check_window(len(head) + len(ids))
+        self.prompt_tokens = self._prompt_length(len(ids))
+        size = self.chunks_per_batch or self._fitting_batch()
+        while True:
+            try:
+                self.ids, self.local = list(ids), list(ids)
+                self._groups = self._make_groups(size)
+                calls = [[group] for group in self._groups]
+                injected = ids[len(ids) - 1 - self.prompt_tokens : -1]
+                if self._opens_alike(len(ids), opening):
+                    self._open(injected[:opening], calls)
+                    injected = injected[opening:]
+                return self._sweep(torch.tensor(injected, dtype=torch.long), [*head, *ids], calls)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1 or not self.chunks:
+                    raise OutOfMemoryError(
+                        f"reading {self.chunks} chunks does not fit in memory, even one at a time ({error}); use a "
+                        "shorter question, a smaller chunk size or fewer documents"
+                    ) from error
+                size = max(1, min(size, self.chunks) // 2)
+
+    def step(self, token: int) -> Tensor:
+        """Append a generated token, renew every candidate, and return the next (vocabulary,) logits (step 5)."""
+        previous = torch.tensor([self.ids[-1]])
+        self.ids.append(token)
+        self.local.append(token)
+        local = [token] if self.focus.local_mode == "incremental" else self._local_row()
+        return self._sweep(previous, local, self._calls())
+
+    def narrow(self, chunks: Sequence[int]) -> Tensor:
+        """Go on with some chunks alone: what follows is what a memory of these would give.
+
+        The local context is read again with their candidates; steps renew no other ones, and :attr:`mass` is zero at
+        the others. Call it after :meth:`begin` and before any :meth:`step`.
+
+        Args:
+            chunks: their numbers, at least one.
+
+        Returns:
+            (vocabulary,) float32 logits of the next token.
+        """
+        self._kept = sorted(set(chunks))
+        numbers = {index: number for number, index in enumerate(self._kept)}
+        self._groups = [kept for group in self._groups if (kept := group.only(numbers)) is not None]
+        self._cache = None
+        return self._sweep(torch.empty(0, dtype=torch.long), self._local_row(), self._calls())
+
+    def reread(self, chunks: Sequence[int], separator: Sequence[int] = ()) -> Tensor | None:
+        """Put whole chunks in front of the local context and read it again, with the same candidates.
+
+        The local rows then attend to these chunks token by token and to all k candidates as before. Call it after
+        :meth:`begin` and before any :meth:`step`; the chunks keep the dynamic prompt they have.
+
+        Args:
+            chunks: numbers of chunks, best first; those that the window has no room for are left out.
+            separator: token ids put behind each.
+
+        Returns:
+            (vocabulary,) float32 logits of the next token, or ``None`` if not one of them fits.
+        """
+        positions = self.base.window - local_start(self.candidates, self.focus.positions)
+        room = min(self.focus.window, positions) - 1 - len(self.ids) - self.max_tokens
+        kept = []
+        for index in chunks:
+            room -= len(self.state.chunks[index].ids) + len(separator)
+            if room < 0:
+                break
+            kept.append(index)
+        if not kept:
+            return None
+        passages = [token for index in sorted(kept) for token in (*self.state.chunks[index].ids, *separator)]
+        self.reread_tokens = len(passages)
+        self.local, self._cache = [*passages, *self.ids], None
+        return self._sweep(torch.empty(0, dtype=torch.long), self._local_row(), self._calls())
+
+    def _opens_alike(self, tokens: int, opening: int) -> bool:
+        """Whether an opening runs, and is kept, apart from the rest: a rule that knows nothing of earlier questions.
+
+        So an answer is the same whether its opening was there already or not.
+        """
+        whole = self.prompt_tokens == tokens - 1
+        small = opening * self.chunks <= _KEPT_SHARE * sum(len(chunk.ids) for chunk in self.state.chunks)
+        return whole and small and 0 < opening < tokens - 1 and self.chunks >= _FEW_CHUNKS
+
+    def _open(self, ids: Sequence[int], calls: list[list[ChunkRows]]) -> None:
+        """Put an opening behind every chunk: the kept one, or a new one that is kept."""
+        kept = self.state.opening.get(ids)
+        if kept is None:
+            for group in self._groups:
+                group.ordinary = torch.tensor(ids)
+            with torch.no_grad():
+                sweep(self.base, self.adapter, calls, (), self.focus.positions, self.check)
+            parts = iter(group.suffix.data[..., : len(ids), :] for group in self._groups)
+            kept = []
+            for slab in self.state.slabs:
+                own = [next(parts)]
+                while sum(part.shape[2] for part in own) < slab.batch.size:
+                    own.append(next(parts))
+                kept.append(torch.cat(own, dim=2))
+            self.state.opening.put(ids, kept)
+            return
+        groups = iter(self._groups)
+        for tensor in kept:
+            start = 0
+            while start < tensor.shape[2]:
+                group = next(groups)
+                stop = start + group.chunks.size
+                group.suffix.write_all(tensor[:, :, start:stop])
+                start = stop
+
+    def _local_row(self) -> list[int]:
+        """Return the whole local context as the base reads it, its sink included."""
+        return [*sink_before(self.local, self.sink), *self.local]
+
+    def _calls(self) -> list[list[ChunkRows]]:
+        if self.chunks_per_batch is not None:
+            return [[group] for group in self._groups]
+        return [self._groups] if self._groups else []
+
+    def _sweep(self, ordinary: Tensor, local_ids: list[int], calls: list[list[ChunkRows]]) -> Tensor:
+        candidate = torch.tensor([self.ids[-1]])
+        for group in self._groups:
+            group.ordinary, group.candidates = ordinary, candidate
+            group.visible = torch.tensor([group.suffix.used + len(ordinary)])
+        if self.focus.local_mode == "incremental" and self._cache is None:
+            self._cache = LocalCache(self.base, len(local_ids) + self.max_tokens)
+        used = self._cache.used if self._cache is not None else 0
+        position = local_start(self.candidates, self.focus.positions) + used
+        groups = [group for call in calls for group in call]
+        local = LocalRows(
+            torch.tensor(local_ids),
+            position,
+            self._cache,
+            groups,
+            shared_rows=len(local_ids),
+            record=bool(groups),
+            scoring=Scoring.of(self.focus),
+        )
+        small = len(ordinary) <= 1 and self.chunks_per_batch is None
+        hidden = self.passes.run(Pass(calls, local, self.focus.positions, self.check, small))
+        with torch.no_grad():
+            order = torch.tensor([index for group in groups for index in group.indices], dtype=torch.long).argsort()
+            self.mass = [self._in_memory(mass[:, order.to(mass.device)]) for mass in local.mass]
+            return self.base.logits(hidden[:, -1:])[0, 0].float()
+
+    def _in_memory(self, mass: Tensor) -> Tensor:
+        """(heads, candidates) -> (heads, k)."""
+        if self._kept is None:
+            return mass
+        whole = mass.new_zeros(mass.shape[0], self.chunks)
+        whole[:, self._kept] = mass
+        return whole
+
+    def _make_groups(self, size: int) -> list[ChunkRows]:
+        place = {id(chunk): index for index, chunk in enumerate(self.state.chunks)}
+        capacity, none = self.prompt_tokens + self.max_tokens, torch.empty(0, dtype=torch.long)
+        groups = []
+        for slab in self.state.slabs:
+            for start in range(0, slab.batch.size, size):
+                stop = min(start + size, slab.batch.size)
+                batch = slab.batch.rows(start, stop)
+                held = [(place[id(chunk)], row) for chunk, row in slab.between(start, stop)]
+                indices, rows = [index for index, _ in held], [row for _, row in held]
+                suffix = Suffix(batch, capacity)
+                groups.append(ChunkRows(batch, suffix, indices, self.chunks, none, none, none, rows=rows))
+        return groups
+
+    def _check_window(self, rows: int) -> None:
+        needed = rows + self.max_tokens
+        if needed > self.focus.window:
+            raise ContextTooLongError(
+                f"the local context has {rows} tokens and {self.max_tokens} are to be generated, {needed} in all, but "
+                f"the window has {self.focus.window}; shorten the question, put long text into memory, or generate less"
+            )
+        check_room(self.base, self.chunks, self.focus.positions, needed)
+
+    def _prompt_length(self, local_tokens: int) -> int:
+        """Tokens of the dynamic prompt: all but the last, within its limit and the room behind the longest chunk."""
+        longest = max((max(slab.batch.lengths) for slab in self.state.slabs), default=0)
+        room = self.focus.window - longest - 1 - self.max_tokens
+        if self.chunks and room < 1:
+            raise ContextTooLongError(
+                f"a chunk row of {longest} tokens and {self.max_tokens} to generate leave no room for the question in "
+                f"a window of {self.focus.window}; generate less or use a smaller chunk size"
+            )
+        return max(0, min(local_tokens - 1, self.focus.prompt_length, room))
+
+    def _fitting_batch(self) -> int:
+        """Chunks whose prompt injection fits in half of the free memory, and in a batch that is worth while."""
+        device = self.base.device
+        rows = max(1, self.prompt_tokens)
+        config = self.base.config
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", 4 * config.hidden_size)
+        widths = 8 * config.hidden_size + 4 * inner + 6 * self.base.num_heads * self.base.head_dim
+        free = free_bytes(device)
+        by_memory = free // 2 // (rows * widths * 4)
+        by_rows = _ROWS_AT_ONCE.get(device.type, 8192) // rows
+        return int(max(1, min(by_memory, by_rows, max(self.chunks, 1))))

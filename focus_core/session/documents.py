@@ -1,0 +1,159 @@
+"""Turn framework documents into core documents, and answers' sources into plain values.
+
+Ids are unique within a call, and ``document.text[start:end]`` of every source is exactly the cited text. No framework
+is imported here: documents and nodes are known by their attributes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from focus_core.answers import Answer
+from focus_core.errors import ConfigError
+from focus_core.text.corpus import Document, load_documents
+
+MemoryFilter = Collection[str] | Mapping[str, Any] | Callable[[Document], bool]
+"""Ids to keep, metadata that must be equal, or a function that tells whether a document is kept."""
+
+
+def to_documents(documents: Any) -> list[Document]:
+    """Turn what users hand over into core documents.
+
+    Args:
+        documents: a path (str or Path), a text in a :class:`~focus_core.text.corpus.Document`, framework documents or
+            nodes (anything with ``page_content`` or ``text``), or several. A plain string is a path if it names
+            one, else a text.
+
+    Returns:
+        Documents with different ids: of two with one id, the second is called ``id#2`` unless it is the same text.
+
+    Raises:
+        ConfigError: an item is none of these.
+    """
+    alone = (
+        isinstance(documents, (str, Path, Document)) or not isinstance(documents, Iterable) or _is_framework(documents)
+    )
+    several: Sequence[Any] = [documents] if alone else list(documents)
+    found: list[Document] = []
+    for item in several:
+        if isinstance(item, Document):
+            found.append(item)
+        elif isinstance(item, Path) or (isinstance(item, str) and _is_path(item)):
+            found.extend(load_documents([item]))
+        elif isinstance(item, str):
+            found.append(Document(f"document-{len(found)}", item))
+        else:
+            found.append(_from_framework(item, len(found)))
+    return distinct(found, ())
+
+
+def distinct(documents: Iterable[Document], others: Iterable[Document]) -> list[Document]:
+    """Rename documents whose id another text has, and leave out what ``others`` hold already."""
+    known = {document.id: document.text for document in others}
+    found: list[Document] = []
+    for document in documents:
+        name, number = document.id, 1
+        while known.get(name, document.text) != document.text:
+            number += 1
+            name = f"{document.id}#{number}"
+        if name not in known:
+            known[name] = document.text
+            found.append(document if name == document.id else replace(document, id=name))
+    return found
+
+
+def fingerprint(documents: Iterable[Document]) -> str:
+    """Return a hash of ids and texts."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(f"{document.id}\0{document.text}\0".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def kept_ids(documents: Iterable[Document], wanted: MemoryFilter) -> list[str]:
+    """Return the ids that a filter keeps.
+
+    Raises:
+        ConfigError: the filter is none, or names an id that is not there.
+    """
+    documents = list(documents)
+    if callable(wanted):
+        return [document.id for document in documents if wanted(document)]
+    if isinstance(wanted, Mapping):
+        items = wanted.items()
+        return [one.id for one in documents if all(one.metadata.get(key) == value for key, value in items)]
+    if isinstance(wanted, str) or not isinstance(wanted, Collection):
+        raise ConfigError(f"memory_filter must be ids, a metadata dict or a function; got {wanted!r}")
+    unknown = sorted(set(wanted) - {document.id for document in documents})
+    if unknown:
+        raise ConfigError(f"memory_filter names {unknown[0]!r}, which is not in memory")
+    return [document.id for document in documents if document.id in set(wanted)]
+
+
+def source_dicts(answer: Answer) -> list[dict[str, Any]]:
+    """Return an answer's documents as plain dictionaries, best first, with exact spans."""
+    return [asdict(item) for item in answer.evidence]
+
+
+def citations(answer: Answer, documents: Mapping[str, Document], limit: int) -> list[dict[str, Any]]:
+    """Return the passages that received most attention as standard citation annotations, best first.
+
+    Args:
+        answer: whose whole text is cited for.
+        documents: of the memory, by id.
+        limit: most citations.
+
+    Returns:
+        Dictionaries with ``start_index`` and ``end_index`` in the answer's text, ``cited_text``, ``title``, ``url``
+        where the metadata have a source, and in ``extras`` the document's id, the score, and ``source_start`` and
+        ``source_end`` in the document's text.
+    """
+    found = []
+    for item in answer.passages[:limit] if answer.text else []:
+        document = documents[item.document_id]
+        source = document.metadata.get("url") or document.metadata.get("source")
+        citation = {
+            "type": "citation",
+            "id": f"{item.document_id}:{item.start}-{item.end}",
+            "title": str(document.metadata.get("title") or item.document_id),
+            **({"url": str(source)} if source else {}),
+            "cited_text": item.text,
+            "start_index": 0,
+            "end_index": len(answer.text),
+            "extras": {
+                "document_id": item.document_id,
+                "score": item.score,
+                "source_start": item.start,
+                "source_end": item.end,
+            },
+        }
+        found.append(citation)
+    return found
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return len(text) < 1024 and "\n" not in text and Path(text).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_framework(item: Any) -> bool:
+    return any(hasattr(item, name) for name in ("page_content", "get_content", "text"))
+
+
+def _from_framework(item: Any, number: int) -> Document:
+    text = getattr(item, "page_content", None)
+    if text is None and callable(getattr(item, "get_content", None)):
+        text = item.get_content()
+    if text is None:
+        text = getattr(item, "text", None)
+    if not isinstance(text, str):
+        raise ConfigError(f"a document must be a path, a text or a framework document; got {type(item).__name__}")
+    metadata = dict(getattr(item, "metadata", None) or {})
+    own = getattr(item, "id", None) or getattr(item, "node_id", None) or metadata.get("source")
+    return Document(str(own) if own else f"document-{number}", text, metadata)

@@ -1,0 +1,141 @@
+"""Keep what agents should remember beyond the process: texts in a folder, recalled by attention.
+
+Everything is kept word for word; what to recall is decided when a question is asked, by the same scores that citations
+have. Every change is saved before it returns. One process may write a folder at a time. No framework is imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from focus_core.engine import FocusEngine
+from focus_core.errors import ConfigError
+from focus_core.session.documents import MemoryFilter, kept_ids
+from focus_core.session.engines import shared_engine
+from focus_core.store.memory import Memory
+from focus_core.text.corpus import Document
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """A text that came back.
+
+    Args:
+        document: as it was remembered.
+        passage: its part with most attention.
+        score: its share of the attention.
+    """
+
+    document: Document
+    passage: str
+    score: float
+
+
+class LongMemory:
+    """Texts that can be remembered, recalled and forgotten. The model is loaded at first use.
+
+    Args:
+        folder: where it is saved; ``None`` keeps it in this process only.
+        engine: a loaded engine; the process's for these settings if not given.
+        model: base model.
+        adapter: of the base.
+        device: ``cpu`` or ``cuda``.
+        dtype: of the weights.
+
+    Raises:
+        StoreError: at first use, if the folder was written by another model or is damaged.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        engine: FocusEngine | None = None,
+        model: str | None = None,
+        adapter: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        self.folder = Path(folder) if folder is not None else None
+        self._load: Callable[[], FocusEngine] = lambda: engine or shared_engine(model, adapter, None, device, dtype)
+        self._memory: Memory | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def engine(self) -> FocusEngine:
+        """The engine that reads."""
+        return self._load()
+
+    @property
+    def memory(self) -> Memory:
+        """The core memory; a model may read it while it changes."""
+        with self._lock:
+            if self._memory is None:
+                saved = self.folder is not None and (self.folder / "memory.json").exists()
+                self._memory = (
+                    self.engine.load_memory(self.folder) if saved and self.folder else self.engine.remember([])
+                )
+            return self._memory
+
+    @property
+    def documents(self) -> list[Document]:
+        """Everything remembered, oldest first."""
+        return self.memory.documents
+
+    def remember(self, text: str, id: str | None = None, metadata: dict[str, Any] | None = None) -> str:
+        """Keep a text and return its id; the same id again replaces it.
+
+        Raises:
+            ConfigError: there is no text.
+        """
+        if not text.strip():
+            raise ConfigError("there is nothing to remember; give some text")
+        name = id or f"note-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+        self.put([Document(name, text, metadata or {})])
+        return name
+
+    def put(self, documents: Iterable[Document]) -> None:
+        """Keep documents under their ids; texts that are known already cost nothing."""
+        with self._lock:
+            known = {document.id: document for document in self.memory.documents}
+            fresh = {document.id: document for document in documents if known.get(document.id) != document}
+            stale = [key for key in fresh if key in known and known[key].text == fresh[key].text]
+            if fresh:
+                self.memory.remove(stale)  # the same text with other metadata
+                self.memory.add(fresh.values())
+                self._save()
+
+    def forget(self, ids: Iterable[str]) -> list[str]:
+        """Remove texts; returns the ids that were there."""
+        with self._lock:
+            gone = [key for key in dict.fromkeys(ids) if key in self.memory]
+            if gone:
+                self.memory.remove(gone)
+                self._save()
+            return gone
+
+    def recall(self, query: str, k: int = 4, wanted: MemoryFilter | None = None) -> list[Recalled]:
+        """Return the texts with most attention for a question, best first.
+
+        Args:
+            query: the question.
+            k: most texts.
+            wanted: which to look at: ids, metadata that must be equal, or a function of a document.
+        """
+        memory = self.memory
+        if wanted is not None:
+            memory = memory.subset(kept_ids(memory.documents, wanted))
+        if not memory.chunks:
+            return []
+        stream = self.engine.stream(query, memory, max_tokens=1)
+        best = stream.answer.evidence[:k]
+        return [Recalled(stream.documents[item.document_id], item.text, item.score) for item in best]
+
+    def _save(self) -> None:
+        if self.folder is not None:
+            self.memory.save(self.folder)

@@ -1,0 +1,203 @@
+"""Check what training examples are drawn from: rows, instruction prompts, facts, hard negatives, the order of draws."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+
+import pytest
+
+from focus_core.config import TrainConfig
+from focus_core.text.tokenization import TextTokenizer
+from focus_core.training.data import ExampleStream
+from focus_core.training.facts import invent_facts, invent_value
+from focus_core.training.nearby import PassageIndex
+from focus_core.training.texts import QuestionRow, TrainingTexts, hold_out, read_training_texts
+
+PASSAGE = "The mill burned in 1702.\nIts owner, Ada Wren, left for Oslo."
+PROMPTS = [
+    f'Given the following passage\n\n"{PASSAGE}",\n\nanswer the following question. Note that the answer is present '
+    "within the text.\n\nQuestion: Who owned the mill?\n",
+    f"Extract the answer from the following context.\nQuestion: Who owned the mill?\nContext: {PASSAGE}\n",
+    f'Question: "Who owned the mill?"\n\nContext: "{PASSAGE}"\n\nAnswer:\n',
+    f'I know that the answer to the question "Who owned the mill?" is in "{PASSAGE}". Can you tell me what it is?\n',
+    f"Question: Who owned the mill?\nIf there is no answer, say so.\nMovie title: Mills\nContext: {PASSAGE}\n",
+    f"Could you help me?\n\nPlot title: Mills\nMovie plot: {PASSAGE}\nMy question: Who owned the mill?\n",
+    f"Use the text.\nParagraph :\n\n{PASSAGE}\n\nQuestion:\n\n\nWho owned the mill?\n",
+]
+
+
+def _rows(tmp_path, *rows):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return read_training_texts([tmp_path / "rows.jsonl"])
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_instruction_prompts_become_questions(prompt, tmp_path):
+    """Question, passage and title stand where the prompt's layout has them."""
+    (row,) = _rows(tmp_path, {"prompt": prompt, "completion": "Ada Wren\n"}).questions
+    assert (row.question, row.answers, row.context) == ("Who owned the mill?", ("Ada Wren",), PASSAGE)
+    assert row.title == ("Mills" if "Mills" in prompt else "")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": PROMPTS[1], "completion": "Bert Wren"},  # not in the passage
+        {"prompt": PROMPTS[1], "completion": "Oslo" * 60},  # retold
+        {"prompt": PROMPTS[1], "completion": "mill"},  # in the question
+        {"prompt": PROMPTS[1], "completion": "e"},  # a letter of a word
+        {"prompt": "Is Oslo in Norway?", "completion": "Oslo"},  # no passage
+        {"question": "Who?", "answers": ["Bert"], "context": PASSAGE},
+    ],
+)
+def test_rows_without_a_findable_answer_are_left_out(row, tmp_path):
+    """Only the other row is read."""
+    read = _rows(tmp_path, row, {"question": "Who?", "answers": {"text": ["Ada Wren"]}, "context": PASSAGE})
+    assert [item.question for item in read.questions] == ["Who?"]
+
+
+def test_a_row_given_twice_is_read_once(tmp_path):
+    """Seven layouts of one question make one row a title."""
+    read = _rows(tmp_path, *({"prompt": prompt, "completion": "Ada Wren"} for prompt in PROMPTS * 2))
+    assert len(read.questions) == 2
+
+
+def test_instruction_files_hold_question_rows(shared_data):
+    """The T0 training files give several hundred rows whose passage holds the answer."""
+    rows = read_training_texts([shared_data / "train" / "t0_instruct"]).questions
+    assert len(rows) > 500
+    assert all(row.answers[0].lower() in row.context.lower() and len(row.question) > 5 for row in rows)
+
+
+def test_facts_look_alike_but_differ():
+    """Each invented fact has a subject of its own and states its value; values have every shape."""
+    rng = random.Random(3)
+    for count in (1, 2, 8, 16):
+        facts = invent_facts(rng, count)
+        assert len({fact.question for fact in facts}) == count
+        for fact in facts:
+            assert fact.value.lower() in fact.statement.lower()
+            assert fact.lead.removeprefix("The ").removesuffix(" is") in fact.question
+    values = {shape: [invent_value(rng, shape) for _ in range(80)] for shape in ("number", "code", "date", "name")}
+    assert max(len(value.replace(",", "")) for value in values["number"]) == 12
+    assert max(value.count(" ") for value in values["name"]) >= 2
+    assert any("-" in value for value in values["code"])
+    assert all(any(character.isdigit() for character in value) for value in values["date"])
+
+
+def test_the_index_ranks_as_bm25():
+    """The ranking == that of BM25 computed from its formula, word by word; frequent words do not count."""
+    texts = [f"common word{index} rare{index % 25}{' and more' * (index % 7)}" for index in range(100)]
+    words = [text.split() for text in texts]
+    average = sum(map(len, words)) / 100
+
+    def score(query, document):
+        total = 0.0
+        for word in query.split():
+            having = sum(word in other for other in words)
+            times, norm = document.count(word), 1.2 * (0.25 + 0.75 * len(document) / average)
+            total += math.log(1 + (100 - having + 0.5) / (having + 0.5)) * times * 2.2 / (times + norm)
+        return total
+
+    query = "rare3 word13 word28"
+    expected = sorted(range(100), key=lambda index: (-score(query, words[index]), index))[:5]
+    index = PassageIndex(texts)
+    assert index.nearest(query, 5) == expected == index.nearest(f"common {query} and more", 5)
+    assert expected[0] == 28
+    assert index.nearest("common and unknown", 5) == []
+
+
+@pytest.fixture
+def stream(tokenizer):
+    """A stream over 60 question rows, three to a title; gold passages hold a number of their own."""
+
+    def make(**changes):
+        rows = [
+            QuestionRow(f"what is the sum of bin{i}?", (f"{1000 + i}",), f"title {i // 3}", f"bin{i} holds {1000 + i}.")
+            for i in range(60)
+        ]
+        rows.append(QuestionRow("what did bin0 lack?", ("nothing",), "other", "it lacked nothing, said bin0"))
+        settings = {"max_chunks": 8, "max_memory_tokens": 512, "mix": {"question": 1.0}, "questions_per_example": 1}
+        return ExampleStream(
+            TrainingTexts((), tuple(rows)), TextTokenizer(tokenizer), TrainConfig(**(settings | changes))
+        )
+
+    return make
+
+
+def test_hard_negatives_are_near_and_hold_no_answer(stream):
+    """With a share of 1 the other passages are first those of the title and the lexically near; with 0 any."""
+    hard = stream(hard_negatives=1.0)
+    asked = [hard.questions[0]]
+    drawn = hard.others.draw(random.Random(0), asked, 3, 1.0)
+    assert {row.title for row in drawn} == {"title 0", "other"}
+    titles = [row.title for seed in range(30) for row in hard.others.draw(random.Random(seed), asked, 3, 0.0)]
+    assert len(set(titles)) > 10
+    for seed in range(20):
+        drawn = hard.others.draw(random.Random(seed), asked, 8, 0.5)
+        assert len({row.context for row in drawn}) == len(drawn) == 8
+        assert all("1000" not in row.context for row in drawn)
+
+
+def test_question_chunks_follow_their_sizes(stream, tokenizer):
+    """Chunks stay within the drawn size, the gold one holds the answer; filled chunks hold several passages."""
+    for sizes, fill in (((24,), 0.0), ((120,), 1.0)):
+        drawn = stream(question_chunk_sizes=sizes, fill_chunks=fill)
+        longest = 0
+        for step in range(15):
+            example = drawn.example(step, 0)
+            texts = [tokenizer.decode(chunk) for chunk in example.chunks]
+            query = tokenizer.decode(example.queries[0].ids)
+            row = next(row for row in drawn.questions if row.question in query)
+            assert any(row.answers[0] in text for text in texts)
+            longest = max(longest, *map(len, example.chunks))
+        assert longest <= sizes[0]
+        assert (longest > 60) == bool(fill)
+
+
+def test_long_answers_are_learned_to_their_end(stream):
+    """With room for two targets a chunk, every token of an answer is a target in some example, the end token too."""
+    drawn = stream(max_candidate_rows=2, max_chunks=2)
+    row = drawn.questions[0]
+    whole = [*drawn.tokenizer.encode(row.answers[0]), drawn.tokenizer.end_token]
+    assert len(whole) > 2
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(60):
+        query = drawn._chat_query(rng, row.question, row.answers[0], 2, short=False)
+        assert query.targets == 2
+        given = len(query.ids) - len(drawn.tokenizer.chat(row.question, "Use the documents."))
+        seen |= set(range(given - 2, given))
+    assert seen == set(range(len(whole)))
+
+
+def test_texts_of_a_file_are_joined_in_their_order(tmp_path, tokenizer):
+    """With ``join_texts`` windows run over a file's texts, never over two files; held-out texts are in no window."""
+    for name in ("red", "blue"):
+        rows = [{"text": f"{name} {number}. " * 300} for number in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "green.txt").write_text("green 0. " * 300)
+    texts = read_training_texts([tmp_path])
+    assert [text.split()[0] for text in texts.joined()] == ["blue", "green", "red"]
+    assert texts.joined()[2] == "\n\n".join(f"red {number}. " * 300 for number in range(6))
+    kept, held = hold_out(texts, 0.2, 0)
+    assert len(kept.joined()) == 3
+    settings = {
+        "chunk_sizes": (2048,),
+        "max_memory_tokens": 4096,
+        "local_tokens": (8, 16),
+        "mix": {"continuation": 1.0},
+    }
+    for share in (0.0, 1.0):
+        drawn = ExampleStream(kept, TextTokenizer(tokenizer), TrainConfig(join_texts=share, **settings))
+        starts = set()
+        for step in range(20):
+            words = tokenizer.decode([token for chunk in drawn.example(step, 0).chunks for token in chunk]).split()[1:]
+            parts = {f"{color} {number[0]}" for color, number in itertools.pairwise(words) if number[0].isdigit()}
+            assert len({part.split()[0] for part in parts}) == 1
+            assert not any(text.startswith(part) for part in parts for text in held.texts)
+            starts.add(len(parts))
+        assert (max(starts) > 1) == bool(share)

@@ -1,0 +1,349 @@
+"""Check a run as a whole: many processes, held-out loss, signals, killed runs, plot, every objective setting, speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from focus_core.config import TrainConfig
+from focus_core.errors import AdapterError, ConfigError, DocumentNotFoundError, EmptyCorpusError
+from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.families import FAMILIES, BaseDecoder
+from focus_core.model.hub import LoadedBase, fingerprint, load_adapter, read_info
+from focus_core.training.adapter import train_adapter
+from focus_core.training.checkpoint import cut_log
+from focus_core.training.loop import StepReport
+from focus_core.training.plot import plot_loss
+from focus_core.training.processes import Processes
+from focus_core.training.speed import Speed
+from focus_core.training.stopping import StopOnSignal
+from tests.conftest import byte_level_tokenizer, tiny_model
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {
+    "chunk_sizes": [8, 16],
+    "max_chunks": 4,
+    "max_memory_tokens": 64,
+    "local_tokens": [12, 16],
+    "max_candidate_rows": 48,
+    "warmup_steps": 1,
+    "learning_rate": 1e-2,
+    "examples_per_step": 4,
+    "mix": {"reconstruction": 1, "needle": 1},
+    "distillation": {"reconstruction": 0.5},
+}
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("the cat sat on the mat and the dog ate the hat. " * 300)
+    return path
+
+
+def _train(tokenizer, book, output, *, family="llama", steps=3, stop_after=None, compact=False, **changes):
+    """Train a tiny base; return (model, loaded base, losses)."""
+    model = tiny_model(family)
+    loaded = LoadedBase(model, tokenizer, "tiny", fingerprint(model))
+    config = TrainConfig.from_dict(SETTINGS | {"steps": steps} | changes)
+    losses = []
+    train_adapter(
+        loaded,
+        [book],
+        output,
+        config,
+        chunk_size=64,
+        compact=compact,
+        report=lambda done: losses.append(done.loss),
+        stop=lambda: stop_after is not None and len(losses) >= stop_after,
+    )
+    return loaded, losses
+
+
+def _log(output):
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_take_the_steps_of_one(tokenizer, book, tmp_path):
+    """`accelerate launch` of two gloo processes, four passes: losses, gradient norms, moments and weights == one's."""
+    base, settings = tmp_path / "base", tmp_path / "settings.json"
+    tiny_model("llama").save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    settings.write_text(
+        json.dumps(SETTINGS | {"steps": 2, "examples_per_pass": 1, "eval_every": 2, "eval_examples": 3})
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "docs/recipes/accelerate-cpu.yaml"), "-m", "focus_core.cli", "train"]
+    command += ["--base", base, "--data", book, "--config", settings, "--output", tmp_path / "two"]
+    command += ["--chunk-size", "64", "--dtype", "float32", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    _train(tokenizer, book, tmp_path / "one", steps=2, eval_every=2, eval_examples=3)
+    one, two = _log(tmp_path / "one"), _log(tmp_path / "two")
+    assert [row["step"] for row in two] == [1, 2]
+    for left, right in zip(one, two, strict=True):
+        for name in ("loss", "grad_norm", "divergence"):
+            assert right[name] == pytest.approx(left[name], rel=1e-5), name
+        assert {name: left[name] for name in ("tokens", "targets", "chunks")} == {
+            name: right[name] for name in ("tokens", "targets", "chunks")
+        }
+    assert two[1]["held_out"]["loss"] == pytest.approx(one[1]["held_out"]["loss"], rel=1e-5)
+    first, second = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("one", "two"))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, atol=1e-6, rtol=1e-4, msg=key)
+
+
+def test_shipped_recipes_and_launch_files_load():
+    """Every recipe is valid TrainConfig; accelerate's own reader takes the launch files; ZeRO-2 clips as we do."""
+    from accelerate.commands.config import load_config_from_file
+
+    recipes = sorted((ROOT / "docs/recipes").glob("[0-9]*.json"))
+    assert len(recipes) >= 3
+    for path in recipes:
+        assert TrainConfig.from_dict(json.loads(path.read_text())).steps > 0
+    kinds = {path.stem: load_config_from_file(str(path)) for path in (ROOT / "docs/recipes").glob("accelerate-*.yaml")}
+    assert kinds["accelerate-zero2"].distributed_type == "DEEPSPEED"
+    zero = json.loads((ROOT / kinds["accelerate-zero2"].deepspeed_config["deepspeed_config_file"]).read_text())
+    assert zero["zero_optimization"]["stage"] == 2
+    assert zero["gradient_clipping"] == TrainConfig().max_grad_norm
+    assert kinds["accelerate-cpu"].num_processes == 2
+
+
+def test_passes_give_the_gradient_of_one_pass(tokenizer, book, tmp_path):
+    """Losses and gradient norms with one example a pass == with all four together; five do not divide."""
+    runs = {}
+    for together in (None, 2, 1):
+        _train(tokenizer, book, tmp_path / str(together), examples_per_pass=together)
+        runs[together] = [(row["loss"], row["grad_norm"]) for row in _log(tmp_path / str(together))]
+    for together in (2, 1):
+        for left, right in zip(runs[None], runs[together], strict=True):
+            assert right == pytest.approx(left, rel=1e-5)
+    with pytest.raises(ConfigError, match="examples_per_step must be a multiple"):
+        _train(tokenizer, book, tmp_path / "three", examples_per_pass=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_to_an_adapter_that_loads(family, tokenizer, book, tmp_path):
+    """Two steps with a teacher, held-out loss and short prompts: finite losses, last and best adapters load."""
+    positions = "shared" if FAMILIES[family].rotary == "half" else "ordered"
+    changes = {"positions": positions, "eval_every": 1, "eval_examples": 2, "prompt_lengths": [3]}
+    loaded, losses = _train(tokenizer, book, tmp_path / "run", family=family, steps=2, **changes)
+    assert len(losses) == 2
+    assert all(loss == loss and loss < 20 for loss in losses)
+    with CandidateAdapter(BaseDecoder(loaded.model), torch.float32) as adapter:
+        untrained = {key: value.clone() for key, value in adapter.state_dict().items()}
+        for name in ("adapter", "best"):
+            info = load_adapter(tmp_path / "run" / name, adapter, loaded)
+            assert any(not torch.equal(value, untrained[key]) for key, value in adapter.state_dict().items())
+    assert info.focus.prompt_length == 3
+    assert info.focus.positions == positions
+
+
+def test_the_best_adapter_stays_beside_the_last(tokenizer, book, tmp_path):
+    """best/ is the adapter of the step with the lowest held-out loss; stopping in between changes nothing."""
+    changes = {"eval_every": 2, "eval_examples": 3, "learning_rate": 0.3}  # so high that the loss rises again
+    _train(tokenizer, book, tmp_path / "a", steps=8, **changes)
+    _train(tokenizer, book, tmp_path / "b", steps=8, stop_after=5, **changes)
+    _train(tokenizer, book, tmp_path / "b", steps=8, **changes)
+    measured = {row["step"]: row["held_out"]["loss"] for row in _log(tmp_path / "a") if row["held_out"]}
+    assert list(measured) == [2, 4, 6, 8]
+    assert measured == {row["step"]: row["held_out"]["loss"] for row in _log(tmp_path / "b") if row["held_out"]}
+    best = min(measured, key=measured.get)
+    assert best < 8
+    trained = read_info(tmp_path / "b" / "best").trained
+    assert (trained["held_out_step"], trained["held_out_loss"], trained["steps"]) == (best, measured[best], best)
+    for name in ("best", "adapter"):
+        files = [load_file(tmp_path / run / name / "adapter.safetensors") for run in "ab"]
+        assert all(torch.equal(value, files[1][key]) for key, value in files[0].items())
+    (tmp_path / "short.txt").write_text("the cat sat. " * 200)
+    with pytest.raises(EmptyCorpusError, match="too little data to hold some out"):
+        _train(tokenizer, tmp_path / "short.txt", tmp_path / "c", eval_every=1)
+
+
+def test_arms_are_measured_on_the_same_examples(tokenizer, book, tmp_path):
+    """One-target training on one objective == dense training on another, in the held-out loss before both."""
+    measured = []
+    for name, changes in {"one": {"objective": "one_target", "mix": {"needle": 1}}, "dense": {}}.items():
+        settings = {"eval_every": 1, "eval_examples": 3, "eval_mix": {"continuation": 1}, "learning_rate": 1e-9}
+        _train(tokenizer, book, tmp_path / name, steps=1, **(settings | changes))
+        (row,) = _log(tmp_path / name)
+        measured.append(row["held_out"])
+        assert list(row["held_out"]["by_kind"]) == ["continuation"]
+    assert measured[0]["loss"] == pytest.approx(measured[1]["loss"], abs=1e-5)
+    assert measured[0]["queries"] == measured[1]["queries"] == 3
+
+
+def test_compact_training_measures_both_forms(tokenizer, book, tmp_path):
+    """The adapter is saved in int8 and export.json holds both losses on the held-out examples."""
+    _train(tokenizer, book, tmp_path / "run", compact=True, eval_every=3, eval_examples=2)
+    export = json.loads((tmp_path / "run" / "adapter" / "export.json").read_text())
+    assert export["before"]["loss"] == _log(tmp_path / "run")[-1]["held_out"]["loss"]
+    assert 0 < abs(export["after"]["loss"] - export["before"]["loss"]) < 0.1
+
+
+def test_a_killed_run_does_not_log_twice(tmp_path):
+    """Lines behind the checkpoint, and a line cut short, are dropped; a whole log is left alone."""
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    cut_log(tmp_path, 2)
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
+    cut_log(tmp_path, 2)
+    assert len(log.read_text().splitlines()) == 2
+
+
+def test_a_failing_step_keeps_what_was_done(tokenizer, book, tmp_path):
+    """An error in step 3 leaves a checkpoint after step 2, and the run goes on with the unbroken run's losses."""
+    _, losses = _train(tokenizer, book, tmp_path / "a", steps=4)
+    model = tiny_model("llama")
+    loaded = LoadedBase(model, tokenizer, "tiny", fingerprint(model))
+    config = TrainConfig.from_dict(SETTINGS | {"steps": 4})
+
+    def fail(done):
+        if done.step == 2:
+            raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="disk is full"):
+        train_adapter(loaded, [book], tmp_path / "b", config, chunk_size=64, report=fail)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    _, rest = _train(tokenizer, book, tmp_path / "b", steps=4)
+    assert rest == losses[2:]
+
+
+# -- the command ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(book, tmp_path, base_folder, run):
+    """Run ``focusllm train`` on a tiny base; return (exit code, stderr)."""
+    (tmp_path / "settings.json").write_text(json.dumps(SETTINGS | {"examples_per_step": 1, "distillation": {}}))
+    always = ["--base", base_folder, "--data", book, "--config", tmp_path / "settings.json"]
+    always += ["--output", tmp_path / "run", "--chunk-size", 64]
+
+    def invoke(*arguments):
+        code, _, err = run("train", *always, *arguments, model=False)
+        return code, err
+
+    return invoke
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(ignored, command, tmp_path):
+    """SIGTERM, in a shell job that ignores SIGINT too: exit 143, a checkpoint, and the next run goes on from it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else None
+
+    def send():
+        while not (tmp_path / "run" / "log.jsonl").exists():
+            time.sleep(0.05)
+        if ignored:
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        code, err = command("--steps", 100000)
+    finally:
+        thread.join()
+        if ignored:
+            signal.signal(signal.SIGINT, before)
+    steps = len(_log(tmp_path / "run"))
+    assert (code, signal.getsignal(signal.SIGTERM)) == (143, signal.SIG_DFL)
+    assert f"stopped after step {steps} of 100000; run the same command again to go on" in err
+    assert 1 <= steps < 200
+    assert command("--steps", 100000, "--max-minutes", 0)[0] == 0
+    assert len(_log(tmp_path / "run")) == steps
+
+
+def test_a_second_signal_interrupts_at_once():
+    """The first SIGINT asks for an end, the second raises; afterwards the old handlers are back."""
+    before = signal.getsignal(signal.SIGINT)
+    with StopOnSignal() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_train_shows_losses_and_draws_them(command, tmp_path):
+    """The command tells held-out losses and where picture, best and last adapter are; plot-loss draws again."""
+    code, err = command("--steps", 2, "--eval-every", 1, "--dtype", "float32", "--compact")
+    assert code == 0, err
+    assert "step 1: held-out loss" in err
+    assert "lowest held-out loss" in err
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert plot_loss(tmp_path / "run", tmp_path / "other.png", by="tokens").stat().st_size > 5000
+    with pytest.raises(ConfigError, match="by step or by tokens; got 'hour'"):
+        plot_loss(tmp_path / "run", by="hour")
+    with pytest.raises(DocumentNotFoundError, match="no training log"):
+        plot_loss(tmp_path)
+    assert command("--steps", 2, "--dtype", "int4")[0] == 2
+    code, err = command("--output", tmp_path / "none", "--max-minutes", 0)
+    assert code == 0
+    assert "no plot" in err
+    assert "stopped after step 0" in err
+    assert command("--config", tmp_path / "none.json")[0] == 2
+    with pytest.raises(AdapterError, match="other settings"):
+        _train(byte_level_tokenizer(), tmp_path / "book.txt", tmp_path / "run", steps=2)
+
+
+def test_any_setting_can_be_set_and_tokens_bound_the_run(command, tmp_path):
+    """--set takes JSON or text; --max-tokens ends the run at the first step that reaches it."""
+    code, err = command("--set", "objective=one_target", "--set", "chunk_sizes=[8]", "--max-tokens", 150)
+    assert code == 0, err
+    tokens = [row["tokens"] for row in _log(tmp_path / "run")]
+    assert [row["targets"] for row in _log(tmp_path / "run")] == list(range(1, len(tokens) + 1))
+    assert tokens[-1] >= 150 > max([0, *tokens[:-1]])
+    assert read_info(tmp_path / "run" / "adapter").trained["chunk_sizes"] == [8, 48, 64, 96, 128]
+    for wrong, message in (("steps", "wants NAME=VALUE"), ("stepz=3", "unknown setting stepz")):
+        code, err = command("--set", wrong)
+        assert code == 2
+        assert message in err
+
+
+def test_a_run_from_another_adapter_adds_to_what_that_has_seen(command, tmp_path):
+    """Steps and tokens add up, the largest k stays, and so do the heads that name sources."""
+    assert command("--steps", 2)[0] == 0
+    first = tmp_path / "run" / "adapter"
+    seen = read_info(first).trained
+    values = json.loads((first / "focus_config.json").read_text())
+    values["attribution_heads"], values["trained"]["max_chunks"] = [[1, 2]], 999
+    (first / "focus_config.json").write_text(json.dumps(values))
+    code, err = command("--output", tmp_path / "more", "--init", first, "--steps", 3)
+    assert code == 0, err
+    info = read_info(tmp_path / "more" / "adapter")
+    assert info.attribution_heads == ((1, 2),)
+    assert (info.trained["steps"], info.trained["max_chunks"]) == (5, 999)
+    assert info.trained["tokens"] == seen["tokens"] + _log(tmp_path / "more")[-1]["tokens"]
+
+
+def test_speed_counts_this_run_only():
+    """Tokens per second and time left come from the last steps, not from an earlier life of the run."""
+    speed = Speed(100)
+    values = {"by_kind": {}, "divergence": None, "targets": 0, "learning_rate": 0.0, "grad_norm": 0.0, "chunks": []}
+    first = StepReport(step=41, loss=2.0, tokens=5000, seconds=1000.0, **values)
+    assert speed.line(first) == "loss 2.000"
+    second = StepReport(step=43, loss=1.0, tokens=6000, seconds=1004.0, **values)
+    assert speed.line(second) == "loss 1.500  250 tokens/s  0:01:54 left"
+
+
+def test_one_process_shares_with_nobody():
+    """Alone, a share is everything and agreement is one's own."""
+    processes = Processes("cpu")
+    assert (processes.count, processes.is_main, processes.deepspeed) == (1, True, False)
+    assert processes.share(range(3)) == [0, 1, 2]
+    assert processes.agree(True)
+    assert not processes.agree(False)
