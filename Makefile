@@ -1,15 +1,18 @@
 # One target per habit. Every target may be run again; only what is missing is done.
 #   make demo    install, then ask a real question over a real corpus
-#   make test    everything that checks the project (lint, types, tests)
-#   make check   lint and types only
-#   make format  put the code into its standard form
+#   make test       everything that checks the project (lint, types, import directions, tests)
+#   make test-fast  the tests that take under a minute together
+#   make check      lint, types and import directions only
+#   make format     put the code into its standard form
+#   make build      wheel and source distribution, checked
+#   make try-wheel  install the wheel alone in an empty environment and run README's programs
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 HELP := Check the network and free disk space (the environment needs about 3 GB), then run make again.
 QUESTION := Which statement is used to raise an exception?
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-fast check format build try-wheel clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -40,9 +43,21 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 test: check
 	$(BIN)/pytest
+
+test-fast: $(VENV)/.dev
+	$(BIN)/pytest -m "not slow and not real"
+
+build: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build -q
+	$(BIN)/twine check --strict dist/*
+
+try-wheel: build
+	PYTHON=$(PYTHON) scripts/try_wheel.sh dist/*.whl
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
