@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sorted(
-    path for folder in ("focus_core", "focus_integrations", "tests", "examples") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("focus_core", "focus_integrations", "tests", "examples")
+    for path in (ROOT / folder).rglob("*.py")
 )
 
 

@@ -6,72 +6,116 @@ is imported here: documents and nodes are known by their attributes.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import pickle
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from focus_core.answers import Answer
-from focus_core.errors import ConfigError
+from focus_core.errors import ConfigError, EmptyCorpusError
+from focus_core.store.memory import Memory
 from focus_core.text.corpus import Document, load_documents
 
 MemoryFilter = Collection[str] | Mapping[str, Any] | Callable[[Document], bool]
 """Ids to keep, metadata that must be equal, or a function that tells whether a document is kept."""
 
 
-def to_documents(documents: Any) -> list[Document]:
+def to_documents(
+    documents: Any, read: Callable[[str | Path], list[Document]] = lambda path: load_documents([path])
+) -> list[Document]:
     """Turn what users hand over into core documents.
 
     Args:
         documents: a path (str or Path), a text in a :class:`~focus_core.text.corpus.Document`, framework documents or
-            nodes (anything with ``page_content`` or ``text``), or several. A plain string is a path if it names
-            one, else a text.
+            nodes (anything with ``page_content`` or ``text``), a memory (its documents), or several. A plain string is
+            a path if it names one, else a text. What holds no text is left out.
+        read: reads the files of a path.
 
     Returns:
-        Documents with different ids: of two with one id, the second is called ``id#2`` unless it is the same text.
+        Documents with different ids: of two with one id, the second is called ``id#2`` unless it is the same text with
+        the same metadata. They share nothing that can change with what was handed over.
 
     Raises:
         ConfigError: an item is none of these.
+        EmptyCorpusError: there are items, and none holds text.
     """
     alone = (
-        isinstance(documents, (str, Path, Document)) or not isinstance(documents, Iterable) or _is_framework(documents)
+        isinstance(documents, (str, Path, Document, Memory))
+        or not isinstance(documents, Iterable)
+        or _is_framework(documents)
     )
     several: Sequence[Any] = [documents] if alone else list(documents)
     found: list[Document] = []
     for item in several:
         if isinstance(item, Document):
-            found.append(item)
+            found.append(replace(item, metadata=_copied(item.metadata)))
+        elif isinstance(item, Memory):
+            found.extend(item.documents)
         elif isinstance(item, Path) or (isinstance(item, str) and _is_path(item)):
-            found.extend(load_documents([item]))
+            found.extend(read(item))
         elif isinstance(item, str):
             found.append(Document(f"document-{len(found)}", item))
         else:
             found.append(_from_framework(item, len(found)))
-    return distinct(found, ())
+    texts = written(found)
+    if found and not texts:
+        raise EmptyCorpusError(f"document {found[0].id!r} is empty; give one that holds text")
+    return distinct(texts, ())
+
+
+def written(documents: Iterable[Any]) -> list[Any]:
+    """Leave out documents, framework documents and nodes that hold no text."""
+    return [item for item in documents if _text_of(item).strip()]
 
 
 def distinct(documents: Iterable[Document], others: Iterable[Document]) -> list[Document]:
-    """Rename documents whose id another text has, and leave out what ``others`` hold already."""
-    known = {document.id: document.text for document in others}
+    """Rename documents whose id another one has, and leave out what ``others`` hold already.
+
+    Documents are the same if their texts and metadata are.
+    """
+    known = {document.id: document for document in others}
     found: list[Document] = []
     for document in documents:
         name, number = document.id, 1
-        while known.get(name, document.text) != document.text:
+        while name in known and not _same(known[name], document):
             number += 1
             name = f"{document.id}#{number}"
         if name not in known:
-            known[name] = document.text
+            known[name] = document
             found.append(document if name == document.id else replace(document, id=name))
     return found
 
 
+def _same(one: Document, other: Document) -> bool:
+    return one.text == other.text and canonical(one.metadata) == canonical(other.metadata)
+
+
 def fingerprint(documents: Iterable[Document]) -> str:
-    """Return a hash of ids and texts."""
+    """Return a hash of ids, texts and metadata."""
     digest = hashlib.sha256()
     for document in documents:
-        digest.update(f"{document.id}\0{document.text}\0".encode("utf-8", "surrogatepass"))
+        parts = f"{document.id}\0{document.text}\0{canonical(document.metadata)}\0"
+        digest.update(parts.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """Return a string that two values share only if they are equal and of equal types; the order of keys is no part."""
+    if isinstance(value, Mapping):
+        return f"{{{','.join(sorted(f'{canonical(key)}:{canonical(item)}' for key, item in value.items()))}}}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__}[{','.join(map(canonical, value))}]"
+    if isinstance(value, (set, frozenset)):
+        return f"{type(value).__name__}[{','.join(sorted(map(canonical, value)))}]"
+    if value is None or isinstance(value, (str, bytes, bool, int, float, complex)):
+        return f"{type(value).__name__} {value!r}"
+    try:  # an object's repr may leave parts out
+        return f"{type(value).__name__} {hashlib.sha256(pickle.dumps(value)).hexdigest()}"
+    except Exception:  # whatever its author chose
+        return f"{type(value).__name__} {value!r}"
 
 
 def kept_ids(documents: Iterable[Document], wanted: MemoryFilter) -> list[str]:
@@ -147,13 +191,29 @@ def _is_framework(item: Any) -> bool:
 
 
 def _from_framework(item: Any, number: int) -> Document:
-    text = getattr(item, "page_content", None)
-    if text is None and callable(getattr(item, "get_content", None)):
-        text = item.get_content()
-    if text is None:
-        text = getattr(item, "text", None)
+    text = _text_of(item, None)
     if not isinstance(text, str):
         raise ConfigError(f"a document must be a path, a text or a framework document; got {type(item).__name__}")
     metadata = dict(getattr(item, "metadata", None) or {})
+    return Document(own_name(item) or f"document-{number}", text, _copied(metadata))
+
+
+def own_name(item: Any) -> str | None:
+    """Return the id of a document, or a framework document's source where it has no id."""
+    metadata = getattr(item, "metadata", None) or {}
     own = getattr(item, "id", None) or getattr(item, "node_id", None) or metadata.get("source")
-    return Document(str(own) if own else f"document-{number}", text, metadata)
+    return str(own) if own else None
+
+
+def _text_of(item: Any, default: Any = "") -> Any:
+    text = getattr(item, "page_content", None)
+    if text is None and callable(getattr(item, "get_content", None)):
+        text = item.get_content()
+    return text if text is not None else getattr(item, "text", default)
+
+
+def _copied(metadata: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return copy.deepcopy(metadata)
+    except Exception:  # a value that cannot be copied is shared
+        return dict(metadata)

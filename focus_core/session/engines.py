@@ -29,11 +29,11 @@ from focus_core.text.corpus import Document
 __all__ = [
     "Held",
     "MemoryHolder",
+    "asked",
     "engine_fingerprint",
     "shared_engine",
     "shared_memory",
     "source_dicts",
-    "start",
     "to_documents",
 ]
 
@@ -79,6 +79,11 @@ def shared_engine(
         if (*key, chunk_size) not in _engines:
             _engines[*key, chunk_size] = engine.with_config(chunk_size=chunk_size)
         return _engines[*key, chunk_size]
+
+
+def asked(engine: FocusEngine, question: str) -> str:
+    """Return the part of a question that a memory is asked: all of it, or the tail that the window has room for."""
+    return engine.split_prompt(question)[1]
 
 
 def engine_fingerprint(engine: FocusEngine) -> str:
@@ -186,7 +191,8 @@ class MemoryHolder:
             StoreError: the saved memory cannot be read.
         """
         with self._lock:
-            base, created = shared_memory(engine, memory) if isinstance(memory, (str, Path)) else memory, 0
+            given = shared_memory(engine, memory) if isinstance(memory, (str, Path)) else memory
+            base, created = given.snapshot() if given is not None else None, 0
             if documents is not None:
                 base, created = self._with(engine, base, self.documents(documents), self._own, check)
             if base is not None and wanted is not None:
@@ -247,31 +253,6 @@ def _forget(kept: OrderedDict[Any, Any], most: int) -> None:
 def _saved_text(folder: str | Path) -> str:
     path = Path(folder) / "documents.jsonl"
     return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def start(
-    engine: FocusEngine, prompt: str, memory: Memory | None, documents: list[Document], **options: Any
-) -> AnswerStream:
-    """Begin an answer to a prompt of any length: what does not fit the window becomes memory.
-
-    Args:
-        engine: from :func:`shared_engine`.
-        prompt: of any length; the head of a long one is read as memory, its tail stays local.
-        memory: what to read besides.
-        documents: read for this call only.
-        **options: for :meth:`FocusEngine.stream`.
-
-    Returns:
-        The running answer.
-    """
-    head, tail = engine.split_prompt(prompt)
-    extra = [*documents, *([Document("prompt", head)] if head.strip() else [])]
-    if extra:
-        held = memory.subset([document.id for document in memory.documents]) if memory else engine.remember([])
-        held.add(distinct(extra, held.documents))
-        memory = held
-    template: Template = options.pop("template", "chat")
-    return engine.stream(tail, memory, template=template, **options)
 
 
 def _identity(documents: Any) -> tuple[Any, ...]:

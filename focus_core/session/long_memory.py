@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
-from focus_core.session.documents import MemoryFilter, kept_ids
-from focus_core.session.engines import shared_engine
+from focus_core.session.documents import MemoryFilter, fingerprint, kept_ids, own_name, to_documents
+from focus_core.session.engines import asked, shared_engine
 from focus_core.store.memory import Memory
 from focus_core.text.corpus import Document
 
@@ -95,19 +95,26 @@ class LongMemory:
         """
         if not text.strip():
             raise ConfigError("there is nothing to remember; give some text")
-        name = id or f"note-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+        name = id or _name(text)
         self.put([Document(name, text, metadata or {})])
         return name
 
-    def put(self, documents: Iterable[Document]) -> None:
-        """Keep documents under their ids; texts that are known already cost nothing."""
+    def put(self, documents: Iterable[Any]) -> None:
+        """Keep documents under their ids; texts that are known already cost nothing.
+
+        Args:
+            documents: core or framework documents; one without id and source is named by its text.
+
+        Raises:
+            ConfigError: an item is no document.
+            EmptyCorpusError: one holds no text; nothing is kept then.
+        """
         with self._lock:
-            known = {document.id: document for document in self.memory.documents}
-            fresh = {document.id: document for document in documents if known.get(document.id) != document}
-            stale = [key for key in fresh if key in known and known[key].text == fresh[key].text]
+            known = {document.id: fingerprint([document]) for document in self.memory.documents}
+            given = {one.id: one for item in documents for one in _documents(item)}
+            fresh = [document for key, document in given.items() if known.get(key) != fingerprint([document])]
             if fresh:
-                self.memory.remove(stale)  # the same text with other metadata
-                self.memory.add(fresh.values())
+                self.memory.add(fresh)
                 self._save()
 
     def forget(self, ids: Iterable[str]) -> list[str]:
@@ -127,15 +134,32 @@ class LongMemory:
             k: most texts.
             wanted: which to look at: ids, metadata that must be equal, or a function of a document.
         """
-        memory = self.memory
+        memory = self.memory.snapshot()
         if wanted is not None:
             memory = memory.subset(kept_ids(memory.documents, wanted))
-        if not memory.chunks:
-            return []
-        stream = self.engine.stream(query, memory, max_tokens=1)
-        best = stream.answer.evidence[:k]
-        return [Recalled(stream.documents[item.document_id], item.text, item.score) for item in best]
+        return recall(self.engine, memory, query, k)
 
     def _save(self) -> None:
         if self.folder is not None:
             self.memory.save(self.folder)
+
+
+def recall(engine: FocusEngine, memory: Memory, query: str, k: int) -> list[Recalled]:
+    """Return the ``k`` texts of a memory with most attention for a question, best first."""
+    if not memory.chunks:
+        return []
+    stream = engine.stream(asked(engine, query), memory, max_tokens=1)
+    best = stream.answer.evidence[:k]
+    return [Recalled(stream.documents[item.document_id], item.text, item.score) for item in best]
+
+
+def _documents(item: Any) -> list[Document]:
+    if isinstance(item, Document):
+        return [item]
+    found = to_documents([item])
+    nameless = own_name(item) is None and [one.id for one in found] == ["document-0"]
+    return [replace(found[0], id=_name(found[0].text))] if nameless else found
+
+
+def _name(text: str) -> str:
+    return f"note-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"

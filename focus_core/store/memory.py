@@ -167,7 +167,7 @@ class Memory:
         """Read documents: their chunk KV is computed (or fetched from the store) and nothing else changes.
 
         Args:
-            documents: a known id with other text is replaced; with the same text nothing happens.
+            documents: a known id with other text is replaced; with the same text only its metadata are.
             packed: let short documents share chunks.
             progress: called with tokens done and to do.
             check: called often; raises to cancel, and then the memory is as before.
@@ -182,11 +182,17 @@ class Memory:
             for document in fresh.values():
                 if not document.text.strip():
                     raise EmptyCorpusError(f"document {document.id!r} is empty; leave it out")
-            fresh = {
+            same = {
                 key: document
                 for key, document in fresh.items()
-                if key not in state.documents or state.documents[key].text != document.text
+                if key in state.documents and state.documents[key].text == document.text
             }
+            if any(state.documents[key] is not document for key, document in same.items()):
+                state = replace(state, documents={**state.documents, **same})
+            fresh = {key: document for key, document in fresh.items() if key not in same}
+            if not fresh:
+                self._state = state
+                return
             state, again = _without(state, [key for key in fresh if key in state.documents])
             fresh = {**{document.id: document for document in again}, **fresh}
             self._state = self._with(state, list(fresh.values()), packed, progress, check)
@@ -199,17 +205,21 @@ class Memory:
         """
         with self._lock:
             wanted = list(document_ids)
-            self._require(wanted)
+            _require(self._state, wanted)
             state, again = _without(self._state, wanted)
             self._state = self._with(state, again, True, lambda done, total: None, lambda: None)
 
     def subset(self, document_ids: Iterable[str]) -> Memory:
         """Return a memory of some documents only (a filter); chunk KV is gathered once, nothing is computed."""
-        kept = set(document_ids)
-        self._require(sorted(kept))
-        state, _ = _without(self._state, [key for key in self._state.documents if key not in kept])
+        kept, state = set(document_ids), self._state
+        _require(state, sorted(kept))
+        state, _ = _without(state, [key for key in state.documents if key not in kept])
         state = replace(state, slabs=self._joined(state.slabs))
         return Memory(self.encoder, self.store, state)
+
+    def snapshot(self) -> Memory:
+        """Return this memory as it is now; later changes of either are not seen by the other."""
+        return Memory(self.encoder, self.store, self._state)
 
     # -- persistence --------------------------------------------------------------------------------------------
 
@@ -269,11 +279,6 @@ class Memory:
         return cls(encoder, store, MemoryState({item.id: item for item in documents}, chunks, tuple(slabs)))
 
     # -- inside -------------------------------------------------------------------------------------------------
-
-    def _require(self, document_ids: Sequence[str]) -> None:
-        unknown = [key for key in document_ids if key not in self._state.documents]
-        if unknown:
-            raise ConfigError(f"no document {unknown[0]!r} in memory; it holds {len(self._state.documents)} documents")
 
     def _with(
         self, state: MemoryState, documents: list[Document], packed: bool, progress: Progress, check: Check
@@ -359,6 +364,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise StoreError(f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT}; index again")
     return manifest
+
+
+def _require(state: MemoryState, document_ids: Sequence[str]) -> None:
+    unknown = [key for key in document_ids if key not in state.documents]
+    if unknown:
+        raise ConfigError(f"no document {unknown[0]!r} in memory; it holds {len(state.documents)} documents")
 
 
 def _without(state: MemoryState, document_ids: Sequence[str]) -> tuple[MemoryState, list[Document]]:

@@ -20,7 +20,7 @@ from focus_core.answers import Answer, AnswerStream
 from focus_core.config import DecodeConfig
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
-from focus_core.session.documents import citations, source_dicts, to_documents
+from focus_core.session.documents import citations, source_dicts, to_documents, written
 from focus_core.session.engines import Held, MemoryHolder, engine_fingerprint, shared_engine
 from focus_core.store.memory import Memory
 
@@ -102,7 +102,7 @@ class FocusCorpus(BaseModel):
     ) -> Held:
         """Return what a call reads: documents of model and call, and the call's memory or else the model's."""
         given = kwargs.get("memory", kwargs.get("memory_path"))
-        found = self.retriever.invoke(query) if self.retriever is not None else []
+        found = written(self.retriever.invoke(query)) if self.retriever is not None else []
         more = [*to_documents(kwargs["documents"]), *extra] if kwargs.get("documents") is not None else extra
         return self.holder.hold(
             engine,

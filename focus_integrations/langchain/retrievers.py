@@ -22,6 +22,7 @@ from focus_core.errors import ConfigError
 from focus_core.generation import check_cancelled
 from focus_core.method.attribution import Evidence
 from focus_core.session import concurrency
+from focus_core.session.engines import asked
 from focus_core.text.corpus import Document as CoreDocument
 from focus_integrations.langchain._model import CONFIG, FocusCorpus
 
@@ -43,7 +44,8 @@ class FocusRetriever(FocusCorpus, BaseRetriever):
         steps: tokens of an answer to listen to; 1 looks at the question alone.
 
     Raises:
-        ConfigError: there is nothing to read.
+        ConfigError: it was given nothing to read; what reads nothing (an empty memory, a filter that keeps nothing, an
+            inner retriever that finds nothing) returns ``[]``.
     """
 
     model_config = CONFIG
@@ -69,9 +71,11 @@ class FocusRetriever(FocusCorpus, BaseRetriever):
             )
         engine = self._get_engine()
         held = self._hold(engine, query, [], kwargs, lambda: check_cancelled(cancelled))
+        if held.memory is None and self.retriever is None:
+            raise ConfigError("a retriever needs something to read; give documents, memory, memory_path or retriever")
         if held.memory is None or not held.memory.chunks:
-            raise ConfigError("a retriever needs something to read; give documents, memory or memory_path")
-        stream = engine.stream(query, held.memory, max_tokens=self.steps, cancelled=cancelled)
+            return []
+        stream = engine.stream(asked(engine, query), held.memory, max_tokens=self.steps, cancelled=cancelled)
         best = stream.answer.passages[: self.k if k is None else k]
         return [_passage(item, stream.documents[item.document_id]) for item in best]
 
@@ -106,11 +110,13 @@ def create_documents_chain(
 
 
 def _passage(item: Evidence, document: CoreDocument) -> Document:
+    own = document.metadata.get("start_index")  # of a piece that a splitter made: offsets are the whole text's
+    first = own if isinstance(own, int) else 0
     facts = {
         "document_id": item.document_id,
         "score": item.score,
-        "start_index": item.start,
-        "end_index": item.end,
+        "start_index": first + item.start,
+        "end_index": first + item.end,
     }
     key = f"{item.document_id}:{item.start}-{item.end}"
     return Document(page_content=item.text, metadata={**document.metadata, **facts}, id=key)

@@ -129,3 +129,44 @@ def test_the_documents_chain_reads_everything(kind):
     assert chain.invoke({"input": "who?", "context": PAGES}) == getattr(expected, "content", expected)
     with pytest.raises(ConfigError, match="'context'"):
         chain.invoke({"input": "who?"})
+
+
+class _Fixed(BaseRetriever):
+    pages: list[Page]
+
+    def _get_relevant_documents(self, query: str, *, run_manager: Any) -> list[Page]:
+        return self.pages
+
+
+async def test_what_reads_nothing_finds_nothing():
+    """An inner retriever without results, a filter that keeps nothing and an empty memory give []; blanks are left out."""
+    nothing = FocusRetriever(engine=ENGINE, retriever=_Fixed(pages=[]))
+    assert nothing.invoke("x") == await nothing.ainvoke("x") == []
+    assert FocusRetriever(engine=ENGINE, retriever=_Fixed(pages=[Page(page_content=" ")])).invoke("x") == []
+    assert FocusRetriever(engine=ENGINE, documents=PAGES).invoke("x", memory_filter={"source": "none"}) == []
+    assert FocusRetriever(engine=ENGINE, memory=ENGINE.remember([])).invoke("x") == []
+    blank = Page(page_content="\n ", metadata={"source": "blank"})
+    found = FocusRetriever(engine=ENGINE, documents=[*PAGES, blank], k=9).invoke("x")
+    assert {page.metadata["source"] for page in found} == {"cat", "dog", "hat"}
+    for kind in (FocusLLM, ChatFocusLLM):
+        kind(engine=ENGINE, retriever=_Fixed(pages=[blank]), max_tokens=2).invoke("x")
+        kind(engine=ENGINE, max_tokens=2).invoke("x", documents=[PAGES[0], blank])
+
+
+def test_a_question_above_the_window_asks_with_its_tail():
+    """A retriever, and models that have one, take a question that is longer than the window."""
+    long = "word " * 9000
+    retriever = FocusRetriever(engine=ENGINE, documents=PAGES)
+    assert len(retriever.invoke(long)) == 3
+    for kind in (FocusLLM, ChatFocusLLM):
+        assert kind(engine=ENGINE, retriever=retriever, max_tokens=2).invoke(long) is not None
+
+
+def test_offsets_of_pieces_are_the_whole_texts():
+    """Passages of split documents have offsets in the text that was split, so that text[start:end] is the passage."""
+    text = "".join(f"The cat {number} sat on the mat.\n\n" for number in range(60))
+    pieces = FocusTextSplitter(chunk_size=48, engine=ENGINE).create_documents([text], [{"source": "f"}])
+    found = FocusRetriever(engine=ENGINE, documents=pieces, k=8).invoke("cat")
+    assert len({page.metadata["start_index"] for page in found}) == 8
+    for page in found:
+        assert text[page.metadata["start_index"] : page.metadata["end_index"]] == page.page_content
