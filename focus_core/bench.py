@@ -231,6 +231,14 @@ def _interleaved(first: Callable[[], object], second: Callable[[], object], repe
 
 
 def _seconds(work: Callable[[], object]) -> float:
+    _finish()
     started = time.perf_counter()
     work()
+    _finish()
     return time.perf_counter() - started
+
+
+def _finish() -> None:
+    """Wait for the GPU, which computes behind Python's back."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

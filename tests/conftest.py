@@ -111,7 +111,7 @@ def perturb(adapter: CandidateAdapter, seed: int = 1, scale: float = 0.1) -> Non
     """Move candidate projections away from their copies, so that tests can tell them apart."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.trainable_parameters():
-        parameter.data += scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
 EngineFactory = Callable[..., FocusEngine]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,18 +39,21 @@ def train(
     max_minutes: Annotated[float | None, typer.Option(help="Stop after this long; run again to go on.")] = None,
     compact: Annotated[bool, typer.Option(help="Save the adapter as int8 differences.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, of the base. [default: what is fast]")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share each step, on one GPU too.")] = 1,
     device: Device = None,
 ) -> None:
     """Train an adapter for a base; run it again with the same settings to resume.
 
-    With `accelerate launch -m focus_core.cli train ...` many processes share each step.
+    With --workers, or `accelerate launch -m focus_core.cli train ...`, many processes share each step.
     """
     from focus_core.training.adapter import train_adapter
-    from focus_core.training.processes import Processes
+    from focus_core.training.processes import Processes, launch
     from focus_core.training.stopping import StopOnSignal
 
     given = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "eval_every": eval_every}
     settings = _settings(config, given | _assigned(set_ or []))
+    if workers > 1 and "LOCAL_RANK" not in os.environ:
+        launch(workers, "focus_core.cli", sys.argv[1:])
     processes = Processes(device)
     loaded = _load(base, dtype, processes)
     end = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")

@@ -1,12 +1,14 @@
 """Let one training loop run in one process or in many: what is shared out, gathered and agreed on.
 
 A thin layer over accelerate, which knows the devices, wraps modules for gradient averaging and drives DeepSpeed.
-Precision is left to the base's dtype: accelerate's autocast is off. Nothing here knows what is trained.
+Processes that share a GPU talk through gloo, as nccl wants a GPU for each. Precision is left to the base's dtype:
+accelerate's autocast is off. Nothing here knows what is trained.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -28,10 +30,11 @@ class Processes:
 
     def __init__(self, device: str | torch.device | None = None) -> None:
         on_cpu = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cpu"
-        gloo = []
+        gloo = _shares_gpus() and not on_cpu
         if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-            on_cpu, gloo = False, [InitProcessGroupKwargs(backend="gloo")]  # accelerate has no name for this pair
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=gloo)
+            on_cpu, gloo = False, True  # accelerate has no name for this pair
+        handlers = [InitProcessGroupKwargs(backend="gloo")] if gloo else []
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
 
     @property
     def device(self) -> torch.device:
@@ -85,3 +88,19 @@ class Processes:
         self.accelerator.gradient_accumulation_steps = passes
         module, optimizer = self.accelerator.prepare(module, optimizer)
         return module, optimizer
+
+
+def _shares_gpus() -> bool:
+    """Return whether this machine runs more processes of the run than it has GPUs."""
+    return 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def launch(workers: int, module: str, arguments: Sequence[str]) -> None:
+    """Become torch's launcher of ``workers`` processes on this machine that run ``python -m module arguments``.
+
+    It passes SIGINT and SIGTERM on, and gives the processes ten minutes to end their step and write a checkpoint.
+    """
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // workers)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
+    os.execv(sys.executable, [*torchrun, "-m", module, *arguments])

@@ -66,6 +66,17 @@ def test_1_attached_without_candidates_is_bit_identical_and_detaches(family):
     assert torch.equal(model(ids).logits, plain)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_perturbed_projections_stay_on_their_gpu():
+    """The tests' random numbers are drawn on the CPU, the same for every device."""
+    drawn = []
+    for device in ("cpu", "cuda"):
+        with CandidateAdapter(BaseDecoder(tiny_model("llama").to(device))) as adapter:
+            perturb(adapter)
+            drawn.append([parameter.cpu() for parameter in adapter.trainable_parameters()])
+    assert all(map(torch.equal, *drawn))
+
+
 def test_1_a_second_adapter_is_refused():
     """Attaching twice would wrap the wrapper; it raises and leaves the first."""
     model = tiny_model("llama")

@@ -184,6 +184,16 @@ def test_unknown_names_list_what_there_is(focusllm):
     assert "tokenizer, prefill, injection, step" in " ".join(err.split())
 
 
+def test_timings_wait_for_the_gpu(monkeypatch):
+    """What a GPU was given before the work does not count, and its own work counts until it is done."""
+    happened = []
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench.torch.cuda, "synchronize", lambda: happened.append("wait"))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: happened.append("clock") or 0.0)
+    bench._seconds(lambda: happened.append("work"))
+    assert happened == ["wait", "clock", "work", "wait", "clock"]
+
+
 def test_bench_prints_each_line_when_it_is_known(make_engine, monkeypatch, focusllm):
     """The first line is out before the second measure starts; --only leaves the others out; ratios are numbers."""
     engine = make_engine(chunk_size=32, window=512)
