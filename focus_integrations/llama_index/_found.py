@@ -11,10 +11,10 @@ from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, 
 from typing import Any
 
 from llama_index.core.base.llms.types import CompletionResponse
-from llama_index.core.schema import BaseNode, NodeWithScore
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 from llama_index_instrumentation import get_dispatcher
 
-from focus_integrations.llama_index._nodes import scored_nodes
+from focus_integrations.llama_index._nodes import scored_nodes, text_start
 from focus_integrations.llama_index.events import FocusAttributionEvent
 
 dispatcher = get_dispatcher(__name__)
@@ -26,6 +26,7 @@ class Found:
     Args:
         query: what was asked.
         node_of: finds a node by its id; ``None`` where it is unknown.
+        mode: metadata that stood in front of the nodes' texts when they were read.
         limit: most nodes to name; ``None`` names all.
         others: sources that stand behind those of the answer.
     """
@@ -34,10 +35,11 @@ class Found:
         self,
         query: str,
         node_of: Callable[[str], BaseNode | None],
+        mode: MetadataMode,
         limit: int | None = None,
         others: Sequence[NodeWithScore] = (),
     ) -> None:
-        self.query, self._node_of, self._limit, self._others = query, node_of, limit, others
+        self.query, self._node_of, self._mode, self._limit, self._others = query, node_of, mode, limit, others
         self.nodes: list[NodeWithScore] = []
         self.metadata: dict[str, Any] = {}
         self._started = time.perf_counter()
@@ -55,9 +57,11 @@ class Found:
                 yield part.delta
         self.finish(part.raw)
 
-    async def apieces(self, parts: Awaitable[AsyncIterable[CompletionResponse]]) -> AsyncGenerator[str, None]:
-        """Like :meth:`pieces`, for a stream that is yet to be awaited."""
-        async for part in await parts:
+    async def apieces(
+        self, begin: Callable[[], Awaitable[AsyncIterable[CompletionResponse]]]
+    ) -> AsyncGenerator[str, None]:
+        """Like :meth:`pieces`, for a stream that is begun when the first piece is asked for."""
+        async for part in await begin():
             self.begin()
             if part.delta:
                 yield part.delta
@@ -67,7 +71,7 @@ class Found:
         """Fill in what an answer's ``raw`` has, and send :class:`FocusAttributionEvent`."""
         ended = time.perf_counter()
         focus: dict[str, Any] = raw["focus"]
-        sources = [{name: item[name] for name in ("document_id", "score", "start", "end")} for item in focus["sources"]]
+        sources = [self._placed(item) for item in focus["sources"]]
         self.nodes.extend([*scored_nodes(sources, self._node_of, self._limit), *self._others])
         timings = {"total": ended - self._started}
         if self._first is not None:
@@ -76,3 +80,12 @@ class Found:
             usage=raw["usage"], finish_reason=raw["finish_reason"], chunks=focus["chunks"], timings=timings
         )
         dispatcher.event(FocusAttributionEvent(query=self.query, sources=sources))
+
+    def _placed(self, source: dict[str, Any]) -> dict[str, Any]:
+        """Return a source whose place is that in the node's own text, without the header of its metadata."""
+        found = {name: source[name] for name in ("document_id", "score", "start", "end")}
+        node = self._node_of(str(source["document_id"]))
+        if node is not None:
+            before, length = text_start(node, self._mode), len(node.get_content(MetadataMode.NONE))
+            found |= {name: min(max(found[name] - before, 0), length) for name in ("start", "end")}
+        return found

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from string import Formatter
 from typing import Any
 
-from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
+from llama_index.core.schema import DEFAULT_TEXT_NODE_TMPL, BaseNode, MetadataMode, NodeWithScore
 from llama_index.core.vector_stores.types import MetadataFilters
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 
@@ -55,11 +56,32 @@ def scored_nodes(
     return found[:limit]
 
 
-def matching(nodes: Sequence[BaseNode], filters: MetadataFilters | None, doc_ids: Sequence[str] | None) -> list[str]:
-    """Return the ids of nodes that pass LlamaIndex metadata filters and belong to one of ``doc_ids``, if given."""
+def matching(
+    nodes: Sequence[BaseNode], filters: MetadataFilters | None, doc_ids: Sequence[str] | None
+) -> list[BaseNode]:
+    """Return the nodes that pass LlamaIndex metadata filters and belong to one of ``doc_ids``, if given."""
     by_id = {node.node_id: node for node in nodes}
     passes = build_metadata_filter_fn(lambda node_id: by_id[node_id].metadata, filters)
     wanted = None if doc_ids is None else set(doc_ids)
     return [
-        node_id for node_id, node in by_id.items() if passes(node_id) and (wanted is None or node.ref_doc_id in wanted)
+        node for node_id, node in by_id.items() if passes(node_id) and (wanted is None or node.ref_doc_id in wanted)
     ]
+
+
+def text_start(node: BaseNode, mode: MetadataMode) -> int:
+    """Return where a node's own text begins in ``node.get_content(mode)``: behind its metadata header, if it has one.
+
+    It is negative where the header is blank and white space at the text's beginning was cut off with it.
+    """
+    text, shown = node.get_content(MetadataMode.NONE), node.get_content(mode)
+    if shown == text:
+        return 0
+    template = str(getattr(node, "text_template", DEFAULT_TEXT_NODE_TMPL))
+    header = node.get_metadata_str(mode).strip()
+    whole, before = template.format(content=text, metadata_str=header), ""
+    for literal, name, _, _ in Formatter().parse(template):
+        before += literal
+        if name == "content":
+            break
+        before += header if name == "metadata_str" else ""
+    return len(before) - (len(whole) - len(whole.lstrip()))

@@ -17,32 +17,26 @@ from typing import Any, Self
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks.base import CallbackManager
-from llama_index.core.chat_engine import (
-    CondensePlusContextChatEngine,
-    CondenseQuestionChatEngine,
-    ContextChatEngine,
-    SimpleChatEngine,
-)
 from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
 from llama_index.core.data_structs.data_structs import IndexList
 from llama_index.core.indices.base import BaseIndex
-from llama_index.core.llms.utils import LLMType, resolve_llm
+from llama_index.core.llms.utils import LLMType
 from llama_index.core.schema import BaseNode, Document, MetadataMode, TransformComponent
 from llama_index.core.storage.docstore.types import RefDocInfo
 from llama_index.core.storage.storage_context import StorageContext
 from llama_index_instrumentation import get_dispatcher
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from focus_core.errors import ConfigError, StoreError
+from focus_core.errors import StoreError
 from focus_core.files import write_atomically
 from focus_core.store.memory import Memory, Progress
 from focus_core.store.segments import Store
 from focus_integrations.llama_index._nodes import to_documents
-from focus_integrations.llama_index.chat_engine import FocusChatEngine
+from focus_integrations.llama_index.chat_engine import chat_engine
 from focus_integrations.llama_index.events import FocusPrefillEvent
 from focus_integrations.llama_index.llm import FocusLLM
 from focus_integrations.llama_index.node_parser import FocusNodeParser
-from focus_integrations.llama_index.query_engine import FocusQueryEngine
+from focus_integrations.llama_index.query_engine import query_engine
 from focus_integrations.llama_index.retriever import FocusRetriever
 
 FORMAT = 1
@@ -66,6 +60,7 @@ class FocusMemoryIndex(BaseIndex[IndexList]):
         store: folder that keeps chunk KV while it is computed, so that a stopped run resumes (see ``FocusPrefill``).
         metadata_mode: which metadata stands in front of a node's text.
         progress: called with tokens done and to do.
+        memory: a core memory to read nodes into; one of its own if not given.
         show_progress: draw a bar instead.
         **values: those of LlamaIndex's ``BaseIndex``: ``storage_context``, ``transformations``, ``callback_manager``.
 
@@ -91,7 +86,9 @@ class FocusMemoryIndex(BaseIndex[IndexList]):
         self.llm = llm or FocusLLM()
         self.metadata_mode = metadata_mode
         self.progress = progress
-        self.memory = memory or Memory(self.llm.engine.encoder, Store(store) if store is not None else None)
+        if memory is None:
+            memory = Memory(self.llm.engine.encoder, Store(store) if store is not None else None)
+        self.memory = memory
         if nodes is None and values.get("index_struct") is None:
             nodes = []
         super().__init__(
@@ -230,10 +227,13 @@ class FocusMemoryIndex(BaseIndex[IndexList]):
         """Return a :class:`FocusQueryEngine`; takes its arguments.
 
         With an ``llm`` that is no ``FocusLLM``, nodes are ranked by attention and that model reads the best of them.
+        LlamaIndex's own arguments (``similarity_top_k``, ``node_postprocessors``, ``response_mode``, templates) work as
+        in every index: nodes are chosen first.
+
+        Raises:
+            ConfigError: an argument is unknown.
         """
-        if llm is None or isinstance(llm, FocusLLM):
-            return FocusQueryEngine(self, llm=llm, **values)
-        return super().as_query_engine(llm=llm, **values)
+        return query_engine(self, llm, values)
 
     def as_chat_engine(
         self, chat_mode: ChatMode = ChatMode.BEST, llm: LLMType | None = None, **values: Any
@@ -244,23 +244,12 @@ class FocusMemoryIndex(BaseIndex[IndexList]):
             chat_mode: ``best`` and ``context`` give a :class:`FocusChatEngine`; ``condense_question``,
                 ``condense_plus_context`` and ``simple`` give LlamaIndex's engines over this index.
             llm: the index's if not given; one that is no ``FocusLLM`` reads the nodes that attention ranks first.
-            **values: arguments of the engine.
+            **values: arguments of the engine; ``filters`` and ``doc_ids`` in every mode.
 
         Raises:
-            ConfigError: LlamaIndex has no such chat engine any more.
+            ConfigError: an argument is unknown, or LlamaIndex has no such chat engine any more.
         """
-        talker = resolve_llm(llm, callback_manager=self._callback_manager) if llm is not None else self.llm
-        if isinstance(talker, FocusLLM) and chat_mode in (ChatMode.BEST, ChatMode.CONTEXT):
-            return FocusChatEngine.from_index(self, llm=talker, **values)
-        if chat_mode == ChatMode.CONDENSE_QUESTION:
-            return CondenseQuestionChatEngine.from_defaults(self.as_query_engine(llm), llm=talker, **values)
-        if chat_mode in (ChatMode.CONDENSE_PLUS_CONTEXT, ChatMode.BEST):
-            return CondensePlusContextChatEngine.from_defaults(self.as_retriever(), llm=talker, **values)
-        if chat_mode == ChatMode.CONTEXT:
-            return ContextChatEngine.from_defaults(self.as_retriever(), llm=talker, **values)
-        if chat_mode == ChatMode.SIMPLE:
-            return SimpleChatEngine.from_defaults(llm=talker, **values)
-        raise ConfigError(f"there is no chat engine for mode {chat_mode!r}; use an agent with index_tool instead")
+        return chat_engine(self, chat_mode, llm, values)
 
     # -- persistence --------------------------------------------------------------------------------------------
 

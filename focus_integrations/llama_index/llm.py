@@ -64,6 +64,8 @@ from focus_integrations.llama_index._messages import (
 )
 
 _SAMPLING = tuple(field.name for field in fields(DecodeConfig) if field.name != "stop")
+CALL_OPTIONS = frozenset([*_SAMPLING, "stop", "documents", "template", "max_sources", "schema"])
+"""What may be given per call."""
 _CITATIONS = 5
 
 MemorySource = Memory | Callable[[], Memory | None]
@@ -153,9 +155,21 @@ class FocusLLM(FunctionCallingLLM):
         Args:
             memory: a memory of this model's engine, or a function that returns the one of the moment.
             **changes: fields to set.
+
+        Raises:
+            ConfigError: there is no such field.
         """
-        copy = self.model_copy(update=changes)
+        copy = self.with_fields(**changes)
         copy._engine, copy._source = self.engine, memory
+        return copy
+
+    def with_fields(self, **changes: Any) -> Self:
+        """Return a model with other values of fields; raises ``ConfigError`` where there is no such field."""
+        known = type(self).model_fields
+        unknown = sorted(set(changes) - set(known))
+        if unknown:
+            raise ConfigError(f"FocusLLM has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        copy = self.model_copy(update=changes)
         copy._capacity = None if "context_window" in changes else self._capacity
         return copy
 
@@ -427,7 +441,7 @@ class _Call:
         self.options = {name: given.pop(name, getattr(llm, name)) for name in _SAMPLING}
         self.options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
         if given:
-            known = ", ".join([*_SAMPLING, "stop", "documents", "template", "max_sources", "schema"])
+            known = ", ".join(sorted(CALL_OPTIONS))
             raise ConfigError(f"unknown option {sorted(given)[0]!r}; a call takes {known}")
 
     def prompt(self, prompt: str) -> AnswerStream:

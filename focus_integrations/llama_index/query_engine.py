@@ -1,30 +1,35 @@
 """Answer questions over a whole :class:`FocusMemoryIndex`, with sources scored by the attention they received.
 
 There is no retrieval step: every node that passes the filters is read. Metadata filters choose a subset of the memory;
-nothing is computed again for it.
+nothing is computed again for it. What every LlamaIndex query engine takes besides (another model, postprocessors,
+response modes, templates) stands on nodes, and so on a :class:`FocusRetriever`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, Response, StreamingResponse
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
+from llama_index.core.llms.llm import LLM
+from llama_index.core.llms.utils import LLMType, resolve_llm
 from llama_index.core.prompts.mixin import PromptMixinType
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.response_synthesizers import ResponseMode
+from llama_index.core.response_synthesizers.no_text import NoText
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import MetadataFilters
 
+from focus_integrations.llama_index._arguments import keywords, left, refuse_unknown, taken
 from focus_integrations.llama_index._found import Found
-from focus_integrations.llama_index._selection import Selection
-from focus_integrations.llama_index.llm import FocusLLM
+from focus_integrations.llama_index._selection import ReadNodes, Selection
+from focus_integrations.llama_index.llm import CALL_OPTIONS, FocusLLM
 from focus_integrations.llama_index.retriever import FocusRetriever
-
-if TYPE_CHECKING:
-    from focus_integrations.llama_index.index import FocusMemoryIndex
+from focus_integrations.llama_index.synthesizer import FocusSynthesizer
 
 EMPTY = "Empty Response"
 """What LlamaIndex answers where there is nothing to read."""
@@ -43,11 +48,14 @@ class FocusQueryEngine(BaseQueryEngine):
         template: ``question`` puts the question as the adapter was trained; ``chat`` as a plain user turn.
         callback_manager: of the engine.
         **options: sampling options of :class:`~focus_core.config.DecodeConfig`, such as ``max_tokens``.
+
+    Raises:
+        ConfigError: an option is unknown.
     """
 
     def __init__(
         self,
-        index: FocusMemoryIndex,
+        index: ReadNodes,
         llm: FocusLLM | None = None,
         *,
         streaming: bool = False,
@@ -58,6 +66,7 @@ class FocusQueryEngine(BaseQueryEngine):
         callback_manager: CallbackManager | None = None,
         **options: Any,
     ) -> None:
+        refuse_unknown(options, CALL_OPTIONS)
         super().__init__(callback_manager or index._callback_manager)
         self.index, self.llm, self.streaming = index, llm or index.llm, streaming
         self.selection = Selection(index, filters, doc_ids)
@@ -97,7 +106,9 @@ class FocusQueryEngine(BaseQueryEngine):
             elif self.streaming:
                 found = self._found(query_bundle)
                 response = AsyncStreamingResponse(
-                    found.apieces(reader.astream_complete(found.query, **self.options)), found.nodes, found.metadata
+                    found.apieces(lambda: reader.astream_complete(found.query, **self.options)),
+                    found.nodes,
+                    found.metadata,
                 )
             else:
                 found = self._found(query_bundle)
@@ -126,7 +137,7 @@ class FocusQueryEngine(BaseQueryEngine):
         return self.llm.with_memory(memory, max_sources=self.source_top_k) if len(memory) else None
 
     def _found(self, query_bundle: QueryBundle) -> Found:
-        return Found(query_bundle.query_str, self.index.node, self.source_top_k)
+        return Found(query_bundle.query_str, self.index.node, self.index.metadata_mode, self.source_top_k)
 
     def _empty(self) -> RESPONSE_TYPE:
         return StreamingResponse(text for text in [EMPTY]) if self.streaming else Response(EMPTY)
@@ -136,3 +147,54 @@ class FocusQueryEngine(BaseQueryEngine):
             yield EMPTY
 
         return AsyncStreamingResponse(text()) if self.streaming else Response(EMPTY)
+
+
+_ENGINE = keywords(RetrieverQueryEngine.from_args, "retriever", "llm")
+_RETRIEVER = keywords(FocusRetriever.__init__, "index", "llm")
+_WHOLE = keywords(FocusQueryEngine.__init__, "index", "llm") | CALL_OPTIONS
+_IDLE = frozenset({"use_async", "verbose"})  # there is one call, and nothing to tell
+_PROMPTED = _ENGINE - _IDLE - {"streaming", "node_postprocessors", "callback_manager"}
+
+
+def query_engine(index: ReadNodes, llm: LLMType | None, values: dict[str, Any]) -> BaseQueryEngine:
+    """Return the query engine that these arguments ask for.
+
+    Args:
+        index: what to read.
+        llm: the index's if not given; one that is no ``FocusLLM`` reads nodes in its prompt.
+        values: arguments of :class:`FocusQueryEngine`, of :class:`FocusRetriever` and of LlamaIndex's
+            ``RetrieverQueryEngine.from_args``. With any but the first, nodes are retrieved (all of them, if
+            ``similarity_top_k`` is not given) before they are read.
+
+    Raises:
+        ConfigError: an argument is unknown.
+    """
+    focus = llm is None or isinstance(llm, FocusLLM)
+    refuse_unknown(values, _ENGINE | _RETRIEVER | (_WHOLE if focus else frozenset()))
+    if not focus:
+        talker = resolve_llm(llm, callback_manager=index._callback_manager)
+        return _prompting(FocusRetriever(index, **taken(values, _RETRIEVER)), talker, taken(values, _ENGINE))
+    reader = llm if isinstance(llm, FocusLLM) else index.llm
+    if values.keys() <= _WHOLE | _IDLE and not has_objects(index):
+        return FocusQueryEngine(index, reader, **left(values, _IDLE))
+    retriever = FocusRetriever(index, **{"similarity_top_k": None, **taken(values, _RETRIEVER)})
+    engine = taken(values, _ENGINE)
+    if any(value is not None for value in taken(values, _PROMPTED).values()):
+        talker = reader.with_fields(**taken(values, _WHOLE & set(FocusLLM.model_fields)))
+        return _prompting(retriever, talker, engine)
+    synthesizer = FocusSynthesizer(
+        reader, metadata_mode=index.metadata_mode, **taken(values, _WHOLE - {"filters", "doc_ids"})
+    )
+    return RetrieverQueryEngine.from_args(retriever, reader, synthesizer, **left(engine, {"response_synthesizer"}))
+
+
+def _prompting(retriever: FocusRetriever, llm: LLM, values: dict[str, Any]) -> RetrieverQueryEngine:
+    """Return LlamaIndex's engine, whose synthesizer puts nodes into prompts."""
+    if values.get("response_mode") == ResponseMode.NO_TEXT and values.get("response_synthesizer") is None:
+        values = {**values, "response_synthesizer": NoText(llm)}  # LlamaIndex's would ask Settings for a model
+    return RetrieverQueryEngine.from_args(retriever, llm, **values)
+
+
+def has_objects(index: ReadNodes) -> bool:
+    """Whether some nodes stand for objects that are to answer in their place."""
+    return any(item is not None for item in index._object_map.values())

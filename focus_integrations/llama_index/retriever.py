@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import MetadataFilters
 
+from focus_integrations.llama_index._arguments import refuse_unknown
 from focus_integrations.llama_index._nodes import scored_nodes
-from focus_integrations.llama_index._selection import Selection
-from focus_integrations.llama_index.llm import FocusLLM
-
-if TYPE_CHECKING:
-    from focus_integrations.llama_index.index import FocusMemoryIndex
+from focus_integrations.llama_index._selection import ReadNodes, Selection
+from focus_integrations.llama_index.llm import CALL_OPTIONS, FocusLLM
 
 
 class FocusRetriever(BaseRetriever):
@@ -34,12 +32,16 @@ class FocusRetriever(BaseRetriever):
         doc_ids: documents to read.
         probe_tokens: tokens of an answer over which attention is added up; more are slower and steadier.
         callback_manager: of the retriever.
+        verbose: print when an object of an ``IndexNode`` is asked.
         **options: more options of the model's call.
+
+    Raises:
+        ConfigError: an option is unknown.
     """
 
     def __init__(
         self,
-        index: FocusMemoryIndex,
+        index: ReadNodes,
         llm: FocusLLM | None = None,
         *,
         similarity_top_k: int | None = 10,
@@ -47,9 +49,11 @@ class FocusRetriever(BaseRetriever):
         doc_ids: Sequence[str] | None = None,
         probe_tokens: int = 1,
         callback_manager: CallbackManager | None = None,
+        verbose: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(callback_manager=callback_manager or index._callback_manager)
+        refuse_unknown(options, CALL_OPTIONS)
+        super().__init__(callback_manager or index._callback_manager, index._object_map, verbose=verbose)
         self.index, self.llm, self.similarity_top_k = index, llm or index.llm, similarity_top_k
         self.selection = Selection(index, filters, doc_ids)
         self.options = {"template": "question", **options, "max_tokens": probe_tokens}

@@ -20,9 +20,10 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
 
 from focus_core.text.corpus import Document
+from focus_integrations.llama_index._arguments import refuse_unknown
 from focus_integrations.llama_index._found import Found
 from focus_integrations.llama_index._nodes import to_documents
-from focus_integrations.llama_index.llm import FocusLLM
+from focus_integrations.llama_index.llm import CALL_OPTIONS, FocusLLM
 
 dispatcher = get_dispatcher(__name__)
 
@@ -39,9 +40,13 @@ class FocusSynthesizer(BaseSynthesizer):
         streaming: return a ``StreamingResponse``; its sources fill up when the stream has ended.
         metadata_mode: which metadata stands in front of a node's text.
         template: ``question`` puts the question as the adapter was trained; ``chat`` as a plain user turn.
+        source_top_k: most nodes to name as sources, best first; ``None`` names every node read.
         callback_manager: of the synthesizer and the model.
         empty_response: said where there are no nodes.
         **options: sampling options of :class:`~focus_core.config.DecodeConfig`, such as ``max_tokens``.
+
+    Raises:
+        ConfigError: an option is unknown.
     """
 
     def __init__(
@@ -51,13 +56,15 @@ class FocusSynthesizer(BaseSynthesizer):
         streaming: bool = False,
         metadata_mode: MetadataMode = MetadataMode.LLM,
         template: str = "question",
+        source_top_k: int | None = None,
         callback_manager: CallbackManager | None = None,
         empty_response: str | None = None,
         **options: Any,
     ) -> None:
+        refuse_unknown(options, CALL_OPTIONS)
         self.reader = llm or FocusLLM()
         super().__init__(self.reader, callback_manager, streaming=streaming, empty_response=empty_response)
-        self.metadata_mode = metadata_mode
+        self.metadata_mode, self.source_top_k = metadata_mode, source_top_k
         self.options = {**options, "template": template, "max_sources": None}
 
     def _get_prompts(self) -> PromptDictType:
@@ -108,7 +115,9 @@ class FocusSynthesizer(BaseSynthesizer):
                 response: RESPONSE_TYPE = work.aempty()
             elif self._streaming:
                 response = AsyncStreamingResponse(
-                    work.found.apieces(self.reader.astream_complete(**work.call)), work.found.nodes, work.found.metadata
+                    work.found.apieces(lambda: self.reader.astream_complete(**work.call)),
+                    work.found.nodes,
+                    work.found.metadata,
                 )
             else:
                 completion = await self.reader.acomplete(**work.call)
@@ -161,7 +170,9 @@ class _Work:
         self.query = QueryBundle(query) if isinstance(query, str) else query
         self.nodes = {item.node.node_id: item.node for item in nodes}
         self.documents = to_documents(self.nodes.values(), owner.metadata_mode)
-        self.found = Found(self.query.query_str, self.nodes.get, others=additional or ())
+        self.found = Found(
+            self.query.query_str, self.nodes.get, owner.metadata_mode, owner.source_top_k, additional or ()
+        )
         self.call = {"prompt": self.query.query_str, "documents": self.documents, **owner.options}
 
     def event(self, callback_manager: CallbackManager) -> Any:
