@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from focus_core.answers import AnswerStream
-from focus_core.engine import FocusEngine, Template
+from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
 from focus_core.method.state import MemoryState
 from focus_core.session.documents import MemoryFilter, distinct, fingerprint, kept_ids, source_dicts, to_documents

@@ -139,7 +139,7 @@ class _Fixed(BaseRetriever):
 
 
 async def test_what_reads_nothing_finds_nothing():
-    """An inner retriever without results, a filter that keeps nothing and an empty memory give []; blanks are left out."""
+    """An inner retriever without results, a filter that keeps nothing and an empty memory give []; blanks go."""
     nothing = FocusRetriever(engine=ENGINE, retriever=_Fixed(pages=[]))
     assert nothing.invoke("x") == await nothing.ainvoke("x") == []
     assert FocusRetriever(engine=ENGINE, retriever=_Fixed(pages=[Page(page_content=" ")])).invoke("x") == []
