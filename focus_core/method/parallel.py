@@ -398,12 +398,14 @@ def sweep(
             training puts several memories into one.
         locals_: local contexts; none only extends the suffixes.
         positions: of the candidates in front of the local rows.
-        check: called between layers, may raise to cancel; nothing is committed then.
+        check: called between layers, may raise to cancel.
 
     Returns:
-        Last-layer states of each local context, (1, n, hidden).
+        Last-layer states of each local context, (1, n, hidden). Nothing is committed: see :func:`commit`.
     """
     groups = [group for call in calls for group in call]
+    for local in locals_:
+        local.mass = []  # an earlier try may have failed half-way
     for group in groups:
         group.prepare(base, positions)
     spec = list(calls) or [()]
@@ -418,12 +420,17 @@ def sweep(
                     call.drop_ordinary()
             for call in running:
                 call.run(base, adapter, layer)
-    for group in groups:
-        group.suffix.commit(len(group.ordinary))
+    return running[-1].local_hidden()
+
+
+def commit(calls: Sequence[Sequence[ChunkRows]], locals_: Sequence[LocalRows]) -> None:
+    """Keep the rows that a sweep has written: later ones see them. Called once for each sweep that succeeded."""
+    for call in calls:
+        for group in call:
+            group.suffix.commit(len(group.ordinary))
     for local in locals_:
         if local.cache is not None:
             local.cache.commit(len(local.ids))
-    return running[-1].local_hidden()
 
 
 class _LayerCall:

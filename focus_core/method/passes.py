@@ -18,7 +18,7 @@ from torch import Tensor
 
 from focus_core.config import Positions
 from focus_core.errors import CancelledError
-from focus_core.method.parallel import Check, ChunkRows, LocalRows, sweep
+from focus_core.method.parallel import Check, ChunkRows, LocalRows, commit, sweep
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 
@@ -71,7 +71,7 @@ class SharedPasses:
         self._together = 1
 
     def run(self, own: Pass) -> Tensor:
-        """Run a pass, alone or with others, and return its last-layer states (1, rows, hidden).
+        """Run a pass, alone or with others, keep its rows, and return its last-layer states (1, rows, hidden).
 
         Raises:
             CancelledError: its ``check`` said so.
@@ -79,8 +79,12 @@ class SharedPasses:
         with self._change:
             self._waiting.append(own)
             self._change.notify_all()
-            while self._busy and not own.done:
-                self._change.wait()
+            try:
+                while self._busy and not own.done:
+                    self._change.wait()
+            except BaseException:  # interrupted: nobody wants it any more
+                self._waiting = [item for item in self._waiting if item is not own]
+                raise
             leads = not own.done
             self._busy = self._busy or leads
         if leads:
@@ -93,6 +97,7 @@ class SharedPasses:
                 del error
         own.check()  # in a common sweep one that is cancelled does not stop the others
         assert own.hidden is not None
+        commit(own.calls, [own.local])  # in its own thread, so that an interrupt of the leader cannot part them
         return own.hidden
 
     def _lead(self, own: Pass) -> None:
@@ -119,19 +124,24 @@ class SharedPasses:
             return [own, *others]
 
     def _sweep(self, batch: list[Pass]) -> None:
+        """Run a batch; if that fails and it is more than one, run each alone."""
+        if self._succeeds(batch) or len(batch) == 1:
+            return
+        for item in batch:  # the error is gone, and with it what the failed sweep held
+            self._sweep([item])
+
+    def _succeeds(self, batch: list[Pass]) -> bool:
         try:
-            states = self._together_or_alone(batch)
+            states = self._common_sweep(batch)
         except Exception as error:
             if len(batch) == 1:
                 batch[0].error, batch[0].done = error, True
-                return
-            for item in batch:
-                self._sweep([item])
-            return
+            return False
         for item, hidden in zip(batch, states, strict=True):
             item.hidden, item.done = hidden, True
+        return True
 
-    def _together_or_alone(self, batch: list[Pass]) -> list[Tensor]:
+    def _common_sweep(self, batch: list[Pass]) -> list[Tensor]:
         calls = [call for item in batch if not item.small for call in item.calls]
         joined = [group for item in batch if item.small for call in item.calls for group in call]
         calls = [*calls, joined] if joined else calls

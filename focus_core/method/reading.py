@@ -23,6 +23,7 @@ from focus_core.method.parallel import (
     LocalRows,
     Scoring,
     check_room,
+    commit,
     local_start,
     sink_before,
     sweep,
@@ -109,14 +110,7 @@ class Reading:
         size = self.chunks_per_batch or self._fitting_batch()
         while True:
             try:
-                self.ids, self.local = list(ids), list(ids)
-                self._groups = self._make_groups(size)
-                calls = [[group] for group in self._groups]
-                injected = ids[len(ids) - 1 - self.prompt_tokens : -1]
-                if self._opens_alike(len(ids), opening):
-                    self._open(injected[:opening], calls)
-                    injected = injected[opening:]
-                return self._sweep(torch.tensor(injected, dtype=torch.long), [*head, *ids], calls)
+                return self._begin(ids, head, opening, size)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -125,7 +119,18 @@ class Reading:
                         f"reading {self.chunks} chunks does not fit in memory, even one at a time ({error}); use a "
                         "shorter question, a smaller chunk size or fewer documents"
                     ) from error
+                self._groups, self._cache = [], None  # free before the next try makes new ones
                 size = max(1, min(size, self.chunks) // 2)
+
+    def _begin(self, ids: Sequence[int], head: list[int], opening: int, size: int) -> Tensor:
+        self.ids, self.local = list(ids), list(ids)
+        self._groups = self._make_groups(size)
+        calls = [[group] for group in self._groups]
+        injected = ids[len(ids) - 1 - self.prompt_tokens : -1]
+        if self._opens_alike(len(ids), opening):
+            self._open(injected[:opening], calls)
+            injected = injected[opening:]
+        return self._sweep(torch.tensor(injected, dtype=torch.long), [*head, *ids], calls)
 
     def step(self, token: int) -> Tensor:
         """Append a generated token, renew every candidate, and return the next (vocabulary,) logits (step 5)."""
@@ -133,7 +138,7 @@ class Reading:
         self.ids.append(token)
         self.local.append(token)
         local = [token] if self.focus.local_mode == "incremental" else self._local_row()
-        return self._sweep(previous, local, self._calls())
+        return self._go_on(previous, local)
 
     def narrow(self, chunks: Sequence[int]) -> Tensor:
         """Go on with some chunks alone: what follows is what a memory of these would give.
@@ -151,7 +156,7 @@ class Reading:
         numbers = {index: number for number, index in enumerate(self._kept)}
         self._groups = [kept for group in self._groups if (kept := group.only(numbers)) is not None]
         self._cache = None
-        return self._sweep(torch.empty(0, dtype=torch.long), self._local_row(), self._calls())
+        return self._go_on(torch.empty(0, dtype=torch.long), self._local_row())
 
     def reread(self, chunks: Sequence[int], separator: Sequence[int] = ()) -> Tensor | None:
         """Put whole chunks in front of the local context and read it again, with the same candidates.
@@ -179,7 +184,7 @@ class Reading:
         passages = [token for index in sorted(kept) for token in (*self.state.chunks[index].ids, *separator)]
         self.reread_tokens = len(passages)
         self.local, self._cache = [*passages, *self.ids], None
-        return self._sweep(torch.empty(0, dtype=torch.long), self._local_row(), self._calls())
+        return self._go_on(torch.empty(0, dtype=torch.long), self._local_row())
 
     def _opens_alike(self, tokens: int, opening: int) -> bool:
         """Whether an opening runs, and is kept, apart from the rest: a rule that knows nothing of earlier questions.
@@ -198,6 +203,7 @@ class Reading:
                 group.ordinary = torch.tensor(ids)
             with torch.no_grad():
                 sweep(self.base, self.adapter, calls, (), self.focus.positions, self.check)
+            commit(calls, ())
             parts = iter(group.suffix.data[..., : len(ids), :] for group in self._groups)
             kept = []
             for slab in self.state.slabs:
@@ -224,6 +230,18 @@ class Reading:
         if self.chunks_per_batch is not None:
             return [[group] for group in self._groups]
         return [self._groups] if self._groups else []
+
+    def _go_on(self, ordinary: Tensor, local_ids: list[int]) -> Tensor:
+        """Sweep after :meth:`begin`."""
+        try:
+            return self._sweep(ordinary, local_ids, self._calls())
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"memory ran out while answering over {self.chunks} chunks ({error}); use fewer documents or a shorter "
+                "question, or set chunks_per_batch"
+            ) from error
 
     def _sweep(self, ordinary: Tensor, local_ids: list[int], calls: list[list[ChunkRows]]) -> Tensor:
         candidate = torch.tensor([self.ids[-1]])

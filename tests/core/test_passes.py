@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 
-from focus_core.errors import CancelledError, ContextTooLongError
+from focus_core.errors import CancelledError, ContextTooLongError, OutOfMemoryError
 from focus_core.method import passes
+from focus_core.method.kv import Suffix
 from focus_core.text.corpus import Document
 
 DOCUMENTS = [Document("one", "the cat sat on the mat"), Document("two", "a dog ran in the park all day")]
@@ -143,6 +145,99 @@ def test_an_interrupted_leader_leaves_the_others_running(asked, monkeypatch):
     found = _run(_readings(engine, memory))
     assert isinstance(found[0], KeyboardInterrupt)
     torch.testing.assert_close(torch.stack(found[1:]), torch.stack(alone[1:]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("CUDA out of memory"), KeyboardInterrupt()])
+def test_a_common_pass_that_fails_half_way_leaves_no_trace(asked, monkeypatch, fault):
+    """Memory runs out, or Ctrl-C comes, in the last layer of three that pass together: attention kept == alone."""
+    engine, memory, alone = asked
+    single = _readings(engine, memory)
+    for reading, ids in zip(single, QUESTIONS, strict=True):
+        reading.begin(ids)
+    gate, run_layer, failed = Gate(engine, others=3), engine.base.run_layer, []
+
+    def fails_once(layer, hidden, rope, attend):
+        done = run_layer(layer, hidden, rope, attend)
+        if layer == engine.base.num_layers - 1 and gate.sizes[-1] > 1 and not failed:
+            failed.append(fault)
+            raise fault
+        return done
+
+    monkeypatch.setattr(passes, "sweep", gate)
+    monkeypatch.setattr(engine.base, "run_layer", fails_once)
+    readings = _readings(engine, memory)
+    found = _run(readings)
+    assert failed
+    whole = [number for number, result in enumerate(found) if not isinstance(result, KeyboardInterrupt)]
+    assert len(whole) == (3 if isinstance(fault, KeyboardInterrupt) else 4)
+    for number in whole:
+        torch.testing.assert_close(found[number], alone[number], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(readings[number].mass, single[number].mass, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(readings[number].step(50), single[number].step(50), atol=1e-5, rtol=1e-4)
+
+
+def test_an_interrupt_while_rows_are_kept_is_not_the_others(asked, monkeypatch):
+    """Ctrl-C reaches the leader when the sweep is over: the next step of those it led == alone."""
+    engine, memory, _ = asked
+    single = _readings(engine, memory)
+    for reading, ids in zip(single, QUESTIONS, strict=True):
+        reading.begin(ids)
+    readings, commit, failed = _readings(engine, memory), Suffix.commit, []
+    gate = Gate(engine, others=3)
+
+    def interrupted(self, rows):
+        commit(self, rows)
+        failed.extend([True] if gate.sizes[-1] > 1 else [])
+        if len(failed) == 3:  # two groups a request: the second one's first
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(passes, "sweep", gate)
+    monkeypatch.setattr(Suffix, "commit", interrupted)
+    found = _run(readings)
+    whole = [number for number, result in enumerate(found) if not isinstance(result, KeyboardInterrupt)]
+    assert len(failed) >= 3
+    assert len(whole) == 3
+    for number in whole:
+        torch.testing.assert_close(readings[number].step(50), single[number].step(50), atol=1e-5, rtol=1e-4)
+
+
+def test_a_failed_common_pass_is_let_go_before_each_runs_alone(asked, monkeypatch):
+    """What a pass that ran out of memory held is free when its requests run again."""
+    engine, memory, _ = asked
+    gate, states, alive = Gate(engine, others=3), [], []
+
+    class Large:
+        pass
+
+    def sweep(base, adapter, calls, locals_, positions, check):
+        if len(locals_) > 1:
+            large = Large()
+            states.append(weakref.ref(large))
+            raise RuntimeError("CUDA out of memory")
+        if states:
+            alive.append(states[0]() is not None)
+        return original(base, adapter, calls, locals_, positions, check)
+
+    original, gate.original = gate.original, sweep
+    monkeypatch.setattr(passes, "sweep", gate)
+    _run(_readings(engine, memory))
+    assert alive == [False] * 3
+
+
+def test_memory_that_runs_out_in_a_step_is_one_clear_error(asked, monkeypatch):
+    """A step, a narrowing and a rereading out of memory raise OutOfMemoryError, not the library's RuntimeError."""
+    engine, memory, _ = asked
+
+    def full(*arguments):
+        raise RuntimeError("CUDA out of memory")
+
+    for act in (lambda it: it.step(50), lambda it: it.narrow([0]), lambda it: it.reread([0])):
+        reading = engine.reading(memory.state, max_tokens=4)
+        reading.begin(QUESTIONS[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(passes, "sweep", full)
+            with pytest.raises(OutOfMemoryError, match="memory ran out"):
+                act(reading)
 
 
 def test_many_answers_are_those_of_each_question(make_engine):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from focus_core.method.kv import Suffix
-from focus_core.method.parallel import ChunkRows, LocalRows, Scoring, encode_chunks, local_start, sweep
+from focus_core.method.parallel import ChunkRows, LocalRows, Scoring, commit, encode_chunks, local_start, sweep
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 from focus_core.training.objectives import Query, Task, dense_logits
@@ -32,6 +32,7 @@ def _one_by_one(base, adapter, chunks, query, positions, scoring):
         with torch.no_grad():
             before = ChunkRows(chunks, suffix, range(count), count, ordinary, NONE, NONE)
             sweep(base, adapter, [[before]], (), positions)
+            commit([[before]], ())
     visible = torch.arange(query.split - 1, len(ids) - 1) - query.injected_from
     group = ChunkRows(chunks, suffix, range(count), count, NONE, ids[query.split - 1 : -1], visible)
     head = NONE if query.ids[0] == 0 else torch.tensor([0])

@@ -27,6 +27,7 @@ from focus_core.method.parallel import (
     LocalRows,
     Scoring,
     check_room,
+    commit,
     encode_chunks,
     local_start,
     sink_before,
@@ -112,6 +113,7 @@ def memory_logits(
         suffix = Suffix(batch, len(ids) - first)
         before = ChunkRows(batch, suffix, indices, len(chunks), tokens[first:-2], none, none)
         sweep(base, engine.adapter, [[before]], (), positions)
+        commit([[before]], ())
         groups.append(ChunkRows(batch, suffix, indices, len(chunks), none, tokens[split - 1 : -1], visible))
     rows_local = torch.tensor([*head, *ids[:-1]])
     start = local_start(len(chunks), positions)
