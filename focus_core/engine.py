@@ -18,11 +18,11 @@ import torch
 
 from focus_core.answers import Answer, AnswerStream
 from focus_core.config import DecodeConfig, FocusConfig, LocalMode, Positions
-from focus_core.errors import ConfigError, ContextTooLongError, UnsupportedModelError
+from focus_core.errors import ConfigError, UnsupportedModelError
 from focus_core.generation import Generation, check_cancelled
 from focus_core.method.parallel import Check, sink_before
 from focus_core.method.passes import SharedPasses, run_together
-from focus_core.method.reading import Reading
+from focus_core.method.reading import Reading, check_window
 from focus_core.method.state import MemoryState
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.chat import Message, Tool, fit_messages, render_messages
@@ -67,7 +67,7 @@ class FocusEngine:
     ) -> None:
         self.loaded, self.info = loaded, info
         self.base = base or BaseDecoder(loaded.model)
-        self.config = _fitted(info.focus, self.base)
+        self.config = fitted(info.focus, self.base)
         self.adapter = adapter or CandidateAdapter(self.base)
         self.passes = passes or SharedPasses(self.base, self.adapter)
         self.tokenizer = tokenizer or TextTokenizer(loaded.tokenizer)
@@ -268,12 +268,7 @@ class FocusEngine:
         if memory is not None and (memory.encoder.base is not self.base or memory.encoder.sink != self.sink):
             raise ConfigError("this memory belongs to another engine; save it and load it with this one's load_memory")
         state = memory.state if memory is not None else MemoryState({}, (), ())
-        rows = len(sink_before(local, self.sink)) + len(local) + decode.max_tokens
-        if rows > self.config.window:
-            raise ContextTooLongError(
-                f"the question has {len(local)} tokens and {decode.max_tokens} are to be generated, but the window has "
-                f"{self.config.window}; shorten the question, put long text into memory, or lower max_tokens"
-            )
+        check_window(self.base, self.config, len(sink_before(local, self.sink)) + len(local), decode.max_tokens)
         generation = Generation(
             self.reading(state, max_tokens=decode.max_tokens, chunks_per_batch=decode.chunks_per_batch),
             self.tokenizer,
@@ -438,13 +433,19 @@ def _decode(decode: DecodeConfig | None, options: Mapping[str, Any]) -> DecodeCo
     return DecodeConfig.from_dict(values)
 
 
-def _fitted(config: FocusConfig, base: BaseDecoder) -> FocusConfig:
-    """Shrink the window to the base's and refuse what the family cannot do."""
+def fitted(config: FocusConfig, base: BaseDecoder) -> FocusConfig:
+    """Shrink the window to what the base's every layer sees and refuse what the family cannot do.
+
+    A window that has no room for a chunk row is left for :class:`ChunkEncoder` to refuse, with what would fit.
+    """
     if not base.rotary and config.positions == "shared":
         raise UnsupportedModelError(
             f"{base.model_type} adds learned positions to its embeddings, so candidate keys cannot be moved to one "
             "shared position; use positions='ordered'"
         )
+    sliding = base.sliding_window
+    if sliding is not None and config.window - config.largest_chunk + config.chunk_size <= sliding < config.window:
+        return fitted(replace(config, window=sliding), base)
     if base.window >= config.window:
         return config
     prompt = min(config.prompt_length, max(1, base.window // 4))

@@ -8,6 +8,7 @@ knows nothing of chunks, layers or models.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ def attend(
     if bias is not None and bias.shape[2] != 1:
         bias = bias.repeat(1, 1, heads // kv_heads, 1)
     if _flash_applies(query, key, value, softcap):
-        mask = None if bias is None else bias.to(query.dtype).expand(batch, 1, folded.shape[2], keys)
+        mask = None if bias is None else _narrow(bias, query.dtype).expand(batch, 1, folded.shape[2], keys)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             folded, key, value, 0.0, False, attn_mask=mask, scale=scale
         )
@@ -140,7 +141,8 @@ def _flash_applies(query: Tensor, key: Tensor, value: Tensor, softcap: float | N
 def _reference(
     query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    scores = _cap(_widen(query @ key.transpose(-1, -2)) * scale, softcap)
+    before = 2.0 ** round(math.log2(scale))  # a power of two loses no bit, and float16 holds the scaled products
+    scores = _cap(_widen((query * before) @ key.transpose(-1, -2)) * (scale / before), softcap)
     if bias is not None:
         scores = scores + bias
     lse = torch.logsumexp(scores, dim=-1, keepdim=True)
@@ -149,6 +151,11 @@ def _reference(
 
 def _cap(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def _narrow(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a bias in ``dtype``, hidden keys still finite: float16 has no -1e9."""
+    return bias.clamp_min(max(HIDDEN, torch.finfo(dtype).min)).to(dtype)
 
 
 def _widen(tensor: Tensor) -> Tensor:

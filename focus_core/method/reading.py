@@ -38,6 +38,16 @@ _KEPT_SHARE = 0.25  # of the memory's tokens that a kept opening may have behind
 _ROWS_AT_ONCE = {"cpu": 8192, "cuda": 131072}
 
 
+def check_window(base: BaseDecoder, focus: FocusConfig, rows: int, max_tokens: int) -> None:
+    """Raise :class:`ContextTooLongError` if a question's rows and its answer pass the window."""
+    if rows + max_tokens > focus.window:
+        reason = " (the base's sliding window)" if focus.window == base.sliding_window else ""
+        raise ContextTooLongError(
+            f"the question has {rows} tokens and {max_tokens} are to be generated, but the window has "
+            f"{focus.window}{reason}; shorten the question, put long text into memory, or lower max_tokens"
+        )
+
+
 class Reading:
     """The state of one question.
 
@@ -105,7 +115,8 @@ class Reading:
             OutOfMemoryError: not even one chunk at a time fits.
         """
         head = sink_before(ids, self.sink)
-        self._check_window(len(head) + len(ids))
+        check_window(self.base, self.focus, len(head) + len(ids), self.max_tokens)
+        check_room(self.base, self.chunks, self.focus.positions, len(head) + len(ids) + self.max_tokens)
         self.prompt_tokens = self._prompt_length(len(ids))
         size = self.chunks_per_batch or self._fitting_batch()
         while True:
@@ -290,15 +301,6 @@ class Reading:
                 suffix = Suffix(batch, capacity)
                 groups.append(ChunkRows(batch, suffix, indices, self.chunks, none, none, none, rows=rows))
         return groups
-
-    def _check_window(self, rows: int) -> None:
-        needed = rows + self.max_tokens
-        if needed > self.focus.window:
-            raise ContextTooLongError(
-                f"the local context has {rows} tokens and {self.max_tokens} are to be generated, {needed} in all, but "
-                f"the window has {self.focus.window}; shorten the question, put long text into memory, or generate less"
-            )
-        check_room(self.base, self.chunks, self.focus.positions, needed)
 
     def _prompt_length(self, local_tokens: int) -> int:
         """Tokens of the dynamic prompt: all but the last, within its limit and the room behind the longest chunk."""

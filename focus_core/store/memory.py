@@ -37,6 +37,17 @@ _SLAB_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 
+def check_sliding_window(base: BaseDecoder, config: FocusConfig) -> None:
+    """Raise :class:`UnsupportedModelError` if some layer of the base would not see the whole of a chunk row."""
+    longest = config.chunk_size + config.prompt_length + int(config.sink) + 1
+    sliding = base.sliding_window
+    if sliding is not None and sliding < longest:
+        raise UnsupportedModelError(
+            f"this base attends to {sliding} tokens only (sliding window), but a chunk row has {longest}; choose "
+            f"chunk_size + prompt_length of at most {sliding - 1 - int(config.sink)}"
+        )
+
+
 @dataclass(frozen=True)
 class ChunkEncoder:
     """Turns documents into chunks and chunks into KV, for one base and one configuration.
@@ -53,13 +64,7 @@ class ChunkEncoder:
     check: Check = field(default=lambda: None)
 
     def __post_init__(self) -> None:
-        longest = self.config.chunk_size + self.config.prompt_length + int(self.config.sink) + 1
-        sliding = self.base.sliding_window
-        if sliding is not None and sliding < longest:
-            raise UnsupportedModelError(
-                f"this base attends to {sliding} tokens only (sliding window), but a chunk row has {longest}; choose "
-                f"chunk_size + prompt_length of at most {sliding - 1 - int(self.config.sink)}"
-            )
+        check_sliding_window(self.base, self.config)
 
     def facts(self) -> dict[str, Any]:
         """Return everything but the tokens that chunk KV depends on."""

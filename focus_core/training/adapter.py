@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from focus_core.config import FocusConfig, TrainConfig
-from focus_core.engine import sink_of
+from focus_core.engine import fitted, sink_of
 from focus_core.errors import EmptyCorpusError
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 from focus_core.model.hub import AdapterInfo, LoadedBase, load_adapter, save_adapter
+from focus_core.store.memory import check_sliding_window
 from focus_core.text.tokenization import TextTokenizer
 from focus_core.training.checkpoint import Totals
 from focus_core.training.data import SHORT_ANSWER, SYSTEM, ExampleStream
@@ -119,9 +120,10 @@ def _streams(
 
 
 def _focus(base: BaseDecoder, settings: TrainConfig, chunk_size: int) -> FocusConfig:
+    """Return how the adapter will be served; raises where the base cannot serve it or see all of a training row."""
     window = min(4096, base.window)
     prompt = max(settings.prompt_lengths, default=min(512, window // 4))
-    return FocusConfig(
+    focus = FocusConfig(
         window=window,
         chunk_size=chunk_size,
         prompt_length=prompt,
@@ -131,6 +133,9 @@ def _focus(base: BaseDecoder, settings: TrainConfig, chunk_size: int) -> FocusCo
         top_candidates=settings.top_candidates,
         first_candidate_layer=settings.first_candidate_layer,
     )
+    trained = max(chunk_size, *settings.chunk_sizes, *settings.question_chunk_sizes)
+    check_sliding_window(base, replace(focus, chunk_size=min(trained, focus.largest_chunk)))
+    return fitted(focus, base)
 
 
 def _trained(settings: TrainConfig, totals: Totals, before: dict[str, Any]) -> dict[str, object]:

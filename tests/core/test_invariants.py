@@ -7,7 +7,13 @@ import threading
 import pytest
 import torch
 
-from focus_core.errors import AdapterError, CancelledError, OutOfMemoryError, UnsupportedModelError
+from focus_core.errors import (
+    AdapterError,
+    CancelledError,
+    ContextTooLongError,
+    OutOfMemoryError,
+    UnsupportedModelError,
+)
 from focus_core.method.kv import Suffix, move_keys, rotation
 from focus_core.method.parallel import encode_chunks
 from focus_core.model.candidate import CandidateAdapter, CandidateLinear
@@ -95,6 +101,27 @@ def test_2_no_chunks_is_the_bases_own_greedy(family, make_engine):
         expected = engine.loaded.model.generate(torch.tensor([[0, *ids]]), max_new_tokens=12, do_sample=False)
         assert [token.id for token in answer.tokens] == expected[0, 1 + len(ids) :].tolist()
         assert answer.evidence == []
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen2"])
+def test_2_local_rows_stay_within_a_sliding_window(family, make_engine):
+    """A base whose layers see 24 tokens: within them == transformers' generate, beyond them refused."""
+    some_layers = {"use_sliding_window": True, "max_window_layers": 1} if family == "qwen2" else {}
+    model = tiny_model(family, sliding_window=24, **some_layers)
+    if family == "gemma2":
+        model.set_attn_implementation("eager")
+    engine = make_engine(family, model=model, chunk_size=10, prompt_length=8)
+    assert engine.config.window == 24
+    ids = list(range(30, 49))
+    answer = engine.stream_ids(ids, max_tokens=4).answer
+    expected = model.generate(torch.tensor([[0, *ids]]), max_new_tokens=4, do_sample=False)
+    assert [token.id for token in answer.tokens] == expected[0, 1 + len(ids) :].tolist()
+    with pytest.raises(ContextTooLongError, match=r"the window has 24 .the base.s sliding window."):
+        engine.stream_ids(ids, max_tokens=5)
+    with pytest.raises(ContextTooLongError, match="the window has 24"):
+        engine.reading(engine.remember([]).state, max_tokens=2).begin(list(range(30, 91)))
+    memory = engine.remember(["the cat sat on the mat and the dog ate the hat. " * 4])
+    assert engine.stream_ids(ids[:8], memory, max_tokens=4).answer.usage.chunks > 2
 
 
 @pytest.mark.parametrize("sink", [0, None])

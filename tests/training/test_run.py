@@ -16,7 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from focus_core.config import TrainConfig
-from focus_core.errors import AdapterError, ConfigError, DocumentNotFoundError, EmptyCorpusError
+from focus_core.errors import (
+    AdapterError,
+    ConfigError,
+    DocumentNotFoundError,
+    EmptyCorpusError,
+    UnsupportedModelError,
+)
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import FAMILIES, BaseDecoder
 from focus_core.model.hub import LoadedBase, fingerprint, load_adapter, read_info
@@ -222,6 +228,15 @@ def test_a_failing_step_keeps_what_was_done(tokenizer, book, tmp_path):
     assert not any(parameter.requires_grad for parameter in model.parameters())
     _, rest = _train(tokenizer, book, tmp_path / "b", steps=4)
     assert rest == losses[2:]
+
+
+def test_a_base_that_cannot_see_a_training_row_is_refused(tokenizer, book, tmp_path):
+    """A sliding window of 16 tokens and chunks of 16 and more: refused before anything is written."""
+    model = tiny_model("mistral", sliding_window=16)
+    loaded = LoadedBase(model, tokenizer, "tiny", fingerprint(model))
+    with pytest.raises(UnsupportedModelError, match="attends to 16 tokens only"):
+        train_adapter(loaded, [book], tmp_path / "run", TrainConfig.from_dict(SETTINGS), chunk_size=8)
+    assert not (tmp_path / "run").exists()
 
 
 # -- the command ------------------------------------------------------------------------------------------------
