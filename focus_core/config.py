@@ -154,7 +154,8 @@ class DecodeConfig(_Json):
 Schedule = Literal["linear", "cosine"]
 Objective = Literal["dense", "one_target"]
 TeacherMemory = Literal["all", "end", "gold"]
-OBJECTIVES = ("reconstruction", "continuation", "question", "cloze", "needle")
+OBJECTIVES = (*("reconstruction", "continuation", "question", "cloze", "needle", "form", "conversation", "pair"),)
+HARD_NEGATIVES = ("nearest", "article")
 NEEDLE_SHAPES = ("number", "code", "date", "name", "phrase", "word")
 _STAGED = (
     *("mix", "chunk_sizes", "question_chunk_sizes", "max_chunks", "max_memory_tokens", "local_tokens"),
@@ -199,6 +200,15 @@ class TrainConfig(_Json):
         questions_per_example: questions asked over one chunk pass.
         question_chunk_sizes: drawn uniformly for the question objective; longer passages are cut around the answer.
         hard_negatives: share of the other passages that are of the same title or share rare words with a question.
+        hard_kinds: weight of each kind of them: ``nearest`` to a question by BM25, of the same ``article``.
+        not_there: share of questions whose answer is nowhere in memory; the target is the adapter's ``not_there``
+            sentence, and near misses stand in the gold passage's place.
+        read_whole: share of the questions that have passages read whole in front of them, as ``DecodeConfig.reread``
+            puts them there: the gold one and some near ones, or near ones alone.
+        read_chunks: most passages read whole; their number is drawn log-uniformly.
+        read_tokens: most tokens of them.
+        earlier_turns: most turns of a conversation that stand in memory; most that stand in the local context is a
+            tenth of it.
         fill_chunks: probability that a question's own chunk is filled up with other passages.
         needle_shapes: weight of each shape of a needle's value (``number``, ``code``, ``date``, ``name``, ``phrase``,
             ``word``); empty for weights of our own.
@@ -248,6 +258,12 @@ class TrainConfig(_Json):
     questions_per_example: int = 3
     question_chunk_sizes: tuple[int, ...] = (48, 64, 96, 128)
     hard_negatives: float = 0.3
+    hard_kinds: dict[str, float] = field(default_factory=lambda: {"nearest": 0.5, "article": 0.5})
+    not_there: float = 0.0
+    read_whole: float = 0.0
+    read_chunks: int = 8
+    read_tokens: int = 2048
+    earlier_turns: int = 60
     fill_chunks: float = 0.0
     needle_shapes: dict[str, float] = field(default_factory=dict)
     stages: tuple[dict[str, Any], ...] = ()
@@ -265,7 +281,18 @@ class TrainConfig(_Json):
             _bounded("examples_per_pass", self.examples_per_pass, 1)
         _bounded("max_candidate_rows", self.max_candidate_rows, 2)
         _bounded("eval_every", self.eval_every, 0)
-        for name in ("hard_negatives", "fill_chunks", "join_texts", "held_out", "final_rate"):
+        for name in ("read_chunks", "read_tokens"):
+            _bounded(name, getattr(self, name), 1)
+        _bounded("earlier_turns", self.earlier_turns, 2)
+        for name in (
+            "hard_negatives",
+            "fill_chunks",
+            "join_texts",
+            "held_out",
+            "final_rate",
+            "not_there",
+            "read_whole",
+        ):
             _bounded(name, getattr(self, name), 0.0, 1.0)
         for name, literal in (("positions", Positions), ("schedule", Schedule), ("objective", Objective)):
             _one_of(name, getattr(self, name), literal)
@@ -301,7 +328,11 @@ class TrainConfig(_Json):
     def _check_objectives(self) -> None:
         if sum(self.mix.values()) <= 0:
             raise ConfigError(f"mix must hold weights of at least 0 with a positive sum; got {self.mix}")
-        known = {"mix": OBJECTIVES, "distillation": OBJECTIVES, "eval_mix": OBJECTIVES, "needle_shapes": NEEDLE_SHAPES}
+        known = {
+            **dict.fromkeys(("mix", "distillation", "eval_mix"), OBJECTIVES),
+            "needle_shapes": NEEDLE_SHAPES,
+            "hard_kinds": HARD_NEGATIVES,
+        }
         for name, kinds in known.items():
             for kind, weight in getattr(self, name).items():
                 if kind not in kinds:

@@ -64,6 +64,7 @@ class AdapterInfo:
         system: system turn it was trained with, or ``None``.
         attribution_heads: (layer, head) pairs whose attention names the sources; empty means all.
         chunk_top_p: share of attention whose chunks an answer is read from, where a request does not say.
+        not_there: what it says where memory does not hold the answer; empty if it was never trained to.
     """
 
     base: str
@@ -74,6 +75,7 @@ class AdapterInfo:
     system: str | None = None
     attribution_heads: tuple[tuple[int, int], ...] = ()
     chunk_top_p: float = 1.0
+    not_there: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -87,6 +89,7 @@ class AdapterInfo:
             "system": self.system,
             "attribution_heads": [list(pair) for pair in self.attribution_heads],
             "chunk_top_p": self.chunk_top_p,
+            "not_there": self.not_there,
         }
 
 

@@ -21,7 +21,7 @@ from focus_core.model.hub import AdapterInfo, LoadedBase, load_adapter, save_ada
 from focus_core.store.memory import check_sliding_window
 from focus_core.text.tokenization import TextTokenizer
 from focus_core.training.checkpoint import Totals
-from focus_core.training.data import SHORT_ANSWER, SYSTEM, ExampleStream
+from focus_core.training.data import NOT_THERE, SHORT_ANSWER, SYSTEM, ExampleStream
 from focus_core.training.export import write_compact
 from focus_core.training.loop import StepReport, train
 from focus_core.training.objectives import Example
@@ -76,7 +76,11 @@ def train_adapter(
             template = f"{{question}}\n{SHORT_ANSWER}" if asked else "{question}"
             trained = _trained(settings, totals, before.trained if before is not None else {})
             heads = before.attribution_heads if before is not None else ()
-            return AdapterInfo(loaded.name, loaded.fingerprint, focus, trained, template, SYSTEM, heads)
+            declines = settings.not_there > 0 or (before is not None and bool(before.not_there))
+            absent = NOT_THERE if declines else ""
+            return AdapterInfo(
+                loaded.name, loaded.fingerprint, focus, trained, template, SYSTEM, heads, not_there=absent
+            )
 
         done = train(
             base,

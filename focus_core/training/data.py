@@ -1,9 +1,10 @@
 """Draw training examples from texts, reproducibly: example i of step n depends on the seed alone.
 
 Text objectives cut memory and local context from long texts, the question objective puts a question's own passage among
-others, some of them alike, the cloze objective does so with questions made from passages, and the needle objective
-hides invented facts. Sizes follow the settings of the step. The module reads no file and runs no model; it hands out
-:class:`~focus_core.training.objectives.Example`.
+others, some of them alike, the cloze objective does so with questions made from passages, the needle objective hides
+invented facts, and forms, conversations and pairs of documents are scenes of their own. Some questions have no answer
+in memory, some have passages in front that are read whole. Sizes follow the settings of the step. The module reads no
+file and runs no model; it hands out :class:`~focus_core.training.objectives.Example`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -19,18 +19,29 @@ from typing import Protocol
 from focus_core.config import TrainConfig
 from focus_core.errors import EmptyCorpusError
 from focus_core.training.cloze import ask_about
+from focus_core.training.conversations import invent_conversation
 from focus_core.training.facts import Fact, invent_facts
-from focus_core.training.nearby import PassageIndex
+from focus_core.training.forms import invent_forms
+from focus_core.training.nearby import OtherPassages, PassageIndex
 from focus_core.training.objectives import Example, Query
+from focus_core.training.pairs import Pairs
+from focus_core.training.scenes import Asked, Scene
 from focus_core.training.texts import LONG_TEXT, Passage, QuestionRow, TrainingTexts, read_training_texts
 
-__all__ = ["SHORT_ANSWER", "SYSTEM", "ExampleStream", "invent_facts", "read_training_texts"]
+__all__ = ["NOT_THERE", "SHORT_ANSWER", "SYSTEM", "ExampleStream", "invent_facts", "read_training_texts"]
 
 SHORT_ANSWER = "Answer with a short phrase."
 SYSTEM = "Use the documents."
-_SHORT = 0.8  # share of chat questions that ask for a short phrase, as the adapter's template does
+NOT_THERE = "Not found."
+"""What an adapter says where memory does not hold the answer; few answers begin with its first token."""
+
+PASSAGE_END = "\n\n"
+"""Stands behind each passage that is read whole."""
+
+_SHORT = 0.6  # share of questions with both a short answer and a sentence that ask for a short phrase
+_TRICKS = 0.3  # share of unanswered questions that are about their own passage
+_GOLD_READ, _NEAR_READ = 0.7, 0.85  # of what is read whole: the gold passages and others; a near miss and others; near
 _LONGEST_PROMPT = 4  # a long local context is shorter than so many times the targets there is room for
-_NEAREST = 8  # hard negatives looked up for one question, of each kind
 
 
 class Tokenizer(Protocol):
@@ -39,6 +50,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def chat(self, question: str, system: str | None = None) -> list[int]: ...
+
+    def render(self, messages: list[dict[str, str]], system: str | None = None) -> list[int]: ...
 
     @property
     def end_token(self) -> int: ...
@@ -62,9 +75,11 @@ class ExampleStream:
         others: Sequence[QuestionRow] | None = None,
     ) -> None:
         self.tokenizer, self.config = tokenizer, config
-        self.questions, self.passages = texts.questions, texts.passages
+        self.questions, self.passages, self.unanswered = texts.questions, texts.passages, texts.unanswered
+        self._gap = tokenizer.encode(PASSAGE_END)
         untold = [QuestionRow("", (), passage.title, passage.text) for passage in texts.passages]
-        self.others = _Others([*(texts.questions if others is None else others), *untold])
+        self.others = OtherPassages([*(texts.questions if others is None else others), *untold])
+        self._pairs: Pairs | None = None
         self.long = [text for text in texts.texts if len(text) >= LONG_TEXT]
         self._sizes = [len(text) ** 0.5 for text in self.long]
         joins = config.join_texts or any(stage.get("join_texts") for stage in config.stages)
@@ -87,6 +102,8 @@ class ExampleStream:
             example = self._question(rng, config, kind)
         elif kind == "needle":
             example = self._needle(rng, config)
+        elif kind in ("form", "conversation", "pair"):
+            example = self._scene(rng, config, kind)
         else:
             example = self._text(rng, config, kind)
         if config.objective == "one_target":
@@ -98,7 +115,12 @@ class ExampleStream:
 
     def _mix(self, config: TrainConfig) -> dict[str, float]:
         """Return the weights of the objectives that the data can serve."""
-        served: dict[str, Sequence[object]] = {"question": self.questions, "cloze": self.passages or self.long}
+        served: dict[str, object] = {
+            "question": self.questions,
+            "cloze": self.passages or self.long,
+            "pair": self.passages,
+            **dict.fromkeys(("form", "conversation"), True),  # they need no data
+        }
         mix = {kind: weight if served.get(kind, self.long) else 0.0 for kind, weight in config.mix.items()}
         if sum(mix.values()) <= 0:
             raise EmptyCorpusError(
@@ -156,7 +178,7 @@ class ExampleStream:
     # -- questions ----------------------------------------------------------------------------------------------
 
     def _question(self, rng: random.Random, config: TrainConfig, kind: str) -> Example:
-        """Questions over documents, one document a chunk; each question's own document is among them."""
+        """Questions over documents, one document a chunk; each answered question's own document is among them."""
         size = rng.choice(config.question_chunk_sizes)
         count = _log_uniform(rng, 2, max(2, _most_chunks(config, size)))
         wanted = min(config.questions_per_example, count)
@@ -166,18 +188,93 @@ class ExampleStream:
             asked = rng.sample(self.questions, min(wanted, len(self.questions)))
         if not asked:
             return self._text(rng, config, "reconstruction")
-        chunks = [self._gold(rng, row, asked, size, config) for row in asked]
-        negatives = self.others.draw(rng, asked, count - len(chunks), config.hard_negatives)
-        chunks += [self._passage(rng, row, size, keep=False) for row in negatives]
-        order = rng.sample(range(len(chunks)), len(chunks))
-        chunks = [chunks[index] for index in order]
-        budget = max(2, config.max_candidate_rows // len(chunks))
-        short = rng.random() < _SHORT
-        queries = [
-            replace(self._chat_query(rng, row.question, row.fullest, budget, short=short), gold=(order.index(own),))
-            for own, row in enumerate(asked)
+        asked = self._some_without_answer(rng, config, asked)
+        present = [row for row in asked if row.context]
+        held = [*present, *self.others.draw(rng, asked, count - len(present), config.hard_negatives, config.hard_kinds)]
+        rng.shuffle(held)
+        own = {row.context for row in asked}
+        chunks = [
+            self._gold(rng, row, asked, size, config)
+            if row.context in own
+            else self._passage(rng, row, size, keep=False)
+            for row in held
         ]
+        near = PassageIndex([f"{row.title} {row.context}" for row in held])
+        budget = max(2, config.max_candidate_rows // len(chunks))
+        queries = []
+        for row in asked:
+            answered = bool(row.context and row.answers)
+            query = self._chat_query(
+                rng,
+                row.question,
+                row.fullest if answered else NOT_THERE,
+                budget,
+                row.sentence if answered else NOT_THERE,
+            )
+            gold = tuple(number for number, other in enumerate(held) if answered and other.context == row.context)
+            query = replace(query, gold=gold)
+            queries.append(self._read_whole(rng, config, query, chunks, near.nearest(row.question, len(chunks))))
         return Example(tuple(map(tuple, chunks)), tuple(queries), kind)
+
+    def _some_without_answer(
+        self, rng: random.Random, config: TrainConfig, asked: Sequence[QuestionRow]
+    ) -> list[QuestionRow]:
+        """Take the passage away from some questions (their rows keep no context), or ask what a passage leaves open."""
+        if config.not_there <= 0:
+            return list(asked)
+        found = []
+        for row in asked:
+            if rng.random() >= config.not_there:
+                found.append(row)
+            elif self.unanswered and rng.random() < _TRICKS:
+                found.append(rng.choice(self.unanswered))
+            else:
+                told = " ".join(other.context for other in asked if other is not row).lower()
+                left = any(answer.lower() in told for answer in row.answers)
+                found.append(row if left else replace(row, context=""))
+        return found
+
+    def _read_whole(
+        self,
+        rng: random.Random,
+        config: TrainConfig,
+        query: Query,
+        chunks: Sequence[Sequence[int]],
+        near: Sequence[int] = (),
+    ) -> Query:
+        """Put whole chunks in front of a local context: the gold ones with others, or others alone.
+
+        Laid out as :meth:`~focus_core.method.reading.Reading.reread` does it.
+
+        Args:
+            rng: draws.
+            config: how often, and how many.
+            query: its ``gold`` chunks are known.
+            chunks: token ids.
+            near: numbers of chunks that look like the answer, best first; all others follow in any order.
+        """
+        if rng.random() >= config.read_whole:
+            return query
+        most = _log_uniform(rng, 1, config.read_chunks)
+        room = _log_uniform(rng, min(64, config.read_tokens), config.read_tokens)
+        wrong = [number for number in near if number not in query.gold]
+        rest = [number for number in range(len(chunks)) if number not in {*query.gold, *wrong}]
+        rng.shuffle(rest)
+        draw = rng.random()
+        if draw < _GOLD_READ:
+            wanted = [*query.gold, *wrong, *rest]
+        elif draw < _NEAR_READ:
+            wanted = [*wrong[:1], *rng.sample([*wrong[1:], *rest], len(wrong[1:]) + len(rest))]
+        else:
+            wanted = wrong or rest
+        kept: list[int] = []
+        for number in wanted[:most]:
+            room -= len(chunks[number]) + len(self._gap)
+            if room < 0:
+                break
+            kept.append(number)
+        before = [token for number in sorted(kept) for token in (*chunks[number], *self._gap)]
+        return replace(query, before=tuple(before))
 
     def _made_questions(self, rng: random.Random, count: int) -> list[QuestionRow]:
         """Make questions about passages, and about paragraphs of long texts."""
@@ -199,9 +296,14 @@ class ExampleStream:
         sentences = re.split(r"(?<=[.!?])\s+", piece)[1:-1]
         return Passage("", " ".join(sentences)[:600])
 
-    def _chat_query(self, rng: random.Random, question: str, answer: str, most_targets: int, *, short: bool) -> Query:
+    def _chat_query(
+        self, rng: random.Random, question: str, answer: str, most_targets: int, sentence: str = ""
+    ) -> Query:
+        """Ask in the chat template: for a short phrase, or plainly where there is a sentence to say."""
+        short = not sentence or rng.random() < _SHORT
         given = self.tokenizer.chat(f"{question}\n{SHORT_ANSWER}" if short else question, SYSTEM)
-        return _query(rng, given, [*self.tokenizer.encode(answer), self.tokenizer.end_token], most_targets)
+        targets = self.tokenizer.encode(answer if short else sentence)
+        return _query(rng, given, [*targets, self.tokenizer.end_token], most_targets)
 
     def _gold(
         self, rng: random.Random, row: QuestionRow, asked: Sequence[QuestionRow], size: int, config: TrainConfig
@@ -210,7 +312,7 @@ class ExampleStream:
         ids = self._passage(rng, row, size, keep=True)
         if rng.random() >= config.fill_chunks:
             return ids
-        for other in self.others.draw(rng, asked, 8, config.hard_negatives):
+        for other in self.others.draw(rng, asked, 8, config.hard_negatives, config.hard_kinds):
             room = size - len(ids) - 2
             if room < 24:
                 break
@@ -246,6 +348,7 @@ class ExampleStream:
         size = rng.choice([size for size in config.chunk_sizes if size >= 32] or [32])
         count = _log_uniform(rng, 2, max(2, _most_chunks(config, size)))
         facts = invent_facts(rng, rng.choice([1, 1, 2, 4, 8, 16]), config.needle_shapes)
+        untold = facts.pop() if len(facts) > 1 and rng.random() < config.not_there else None
         filler = self._filler(rng, size * count, config.join_texts)
         chunks = [filler[start : start + size] for start in range(0, size * count, size)]
         for fact in facts:
@@ -259,6 +362,9 @@ class ExampleStream:
         asked = rng.sample(visible, min(config.questions_per_example, len(visible)))
         budget = max(2, config.max_candidate_rows // len(chunks))
         queries = [replace(self._fact_query(rng, fact, budget), gold=self._holding(chunks, fact)) for fact in asked]
+        if untold is not None:
+            queries.append(self._chat_query(rng, untold.question, NOT_THERE, budget, NOT_THERE))
+        queries = [self._read_whole(rng, config, query, chunks) for query in queries]
         return Example(tuple(map(tuple, chunks)), tuple(queries), "needle")
 
     def _holding(self, chunks: Sequence[Sequence[int]], fact: Fact) -> tuple[int, ...]:
@@ -272,7 +378,7 @@ class ExampleStream:
 
     def _fact_query(self, rng: random.Random, fact: Fact, most_targets: int) -> Query:
         if rng.random() < 0.5:
-            return self._chat_query(rng, fact.question, fact.value, most_targets, short=rng.random() < _SHORT)
+            return self._chat_query(rng, fact.question, fact.value, most_targets, f"{fact.lead} {fact.value}.")
         given = self.tokenizer.encode(f"{fact.question} {fact.lead}")
         return _query(rng, given, self.tokenizer.encode(f" {fact.value}."), most_targets)
 
@@ -284,39 +390,68 @@ class ExampleStream:
         ids = self.tokenizer.encode(" ".join(rng.choices(few, k=rng.randint(1, 5))) + " ")
         return (ids * (tokens // len(ids) + 1))[:tokens]
 
+    # -- scenes -------------------------------------------------------------------------------------------------
 
-class _Others:
-    """Passages that do not hold the answer: any, of the same title, or lexically near."""
+    def _scene(self, rng: random.Random, config: TrainConfig, kind: str) -> Example:
+        """Questions over invented documents, conversations, or two documents at once."""
+        size = rng.choice(config.question_chunk_sizes)
+        count = _log_uniform(rng, 2, max(2, _most_chunks(config, size)))
+        if kind == "form":
+            scene = invent_forms(rng, count, config.questions_per_example)
+        elif kind == "conversation":
+            turns = _log_uniform(rng, 4, max(4, min(config.earlier_turns, config.max_chunks)))
+            scene = invent_conversation(rng, turns, config.questions_per_example, config.earlier_turns // 10)
+        else:
+            self._pairs = self._pairs or Pairs(self.passages)
+            scene = self._pairs.draw(rng, count, config.questions_per_example)
+        missing = {item for item in scene.asked if rng.random() < config.not_there}
+        pieces = [piece for text in _without(scene, missing) for piece in self._pieces(text, size)]
+        chunks = [self.tokenizer.encode(piece) for piece in pieces]
+        budget = max(2, config.max_candidate_rows // max(1, len(chunks)))
+        near, queries = PassageIndex(pieces), []
+        for item in scene.asked:
+            gold = tuple(n for n, piece in enumerate(pieces) if any(clue in piece for clue in item.clues))
+            told = all(any(clue in piece for piece in pieces) for clue in item.clues)
+            if told and item not in missing:
+                query = replace(self._asked_query(rng, item, budget), gold=gold)
+            elif not told and item in missing:
+                query = self._asked_query(rng, replace(item, answer=NOT_THERE, sentence=NOT_THERE), budget)
+            else:  # cut in two, or left where another question needs it
+                continue
+            queries.append(self._read_whole(rng, config, query, chunks, near.nearest(item.question, len(chunks))))
+        if not queries:
+            return self._question(rng, config, "question") if self.questions else self._scene(rng, config, kind)
+        return Example(tuple(map(tuple, chunks)), tuple(queries), kind)
 
-    def __init__(self, rows: Sequence[QuestionRow]) -> None:
-        self.rows = list({row.context: row for row in rows}.values())
-        self._index = PassageIndex([f"{row.title} {row.context}" for row in self.rows])
-        self._of_title: dict[str, list[QuestionRow]] = defaultdict(list)
-        for row in self.rows:
-            if row.title:
-                self._of_title[row.title].append(row)
+    def _asked_query(self, rng: random.Random, item: Asked, most_targets: int) -> Query:
+        if not item.chat:
+            return self._chat_query(rng, item.question, item.answer, most_targets, item.sentence)
+        roles = ("user", "assistant")
+        messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate((*item.turns, item.question))]
+        targets = [*self.tokenizer.encode(item.sentence), self.tokenizer.end_token]
+        return _query(rng, self.tokenizer.render(messages, SYSTEM), targets, most_targets)
 
-    def draw(self, rng: random.Random, asked: Sequence[QuestionRow], count: int, hard: float) -> list[QuestionRow]:
-        """Return at most ``count`` different passages without any answer; a share of ``hard`` are hard negatives."""
-        forbidden = [answer.lower() for row in asked for answer in row.answers]
-        near = self._near(rng, asked) if hard > 0 and count > 0 else []
-        drawn: dict[str, QuestionRow] = {}
-        for _ in range(10 * count if self.rows else 0):
-            if len(drawn) >= count:
-                break
-            row = near.pop() if near and rng.random() < hard else rng.choice(self.rows)
-            if not any(answer in row.context.lower() for answer in forbidden):
-                drawn[row.context] = row
-        return list(drawn.values())
+    def _pieces(self, text: str, size: int) -> list[str]:
+        """Cut a document into texts of at most ``size`` tokens, behind lines, sentences, commas or words."""
+        if len(self.tokenizer.encode(text)) <= size:
+            return [text]
+        for end in (r"\n", r"[.!?]\s+", r"[,;]\s*", r"\s+"):
+            places = [found.end() for found in re.finditer(end, text) if len(text) // 8 < found.end() < len(text)]
+            fitting = [at for at in places if len(self.tokenizer.encode(text[:at])) <= size]
+            if fitting:
+                return [text[: fitting[-1]].rstrip(), *self._pieces(text[fitting[-1] :], size)]
+        return [text]
 
-    def _near(self, rng: random.Random, asked: Sequence[QuestionRow]) -> list[QuestionRow]:
-        near: list[QuestionRow] = []
-        for row in asked:
-            alike = self._of_title.get(row.title, [])
-            near += rng.sample(alike, min(_NEAREST, len(alike)))
-            near += [self.rows[index] for index in self._index.nearest(row.question, _NEAREST)]
-        rng.shuffle(near)
-        return near
+
+def _without(scene: Scene, missing: set[Asked]) -> list[str]:
+    """Return the documents without those that hold what ``missing`` ask for, but for what another question needs."""
+    needed = [clue for item in scene.asked if item not in missing for clue in item.clues]
+    gone = [item.clues[0] for item in missing]
+    return [
+        text
+        for text in scene.documents
+        if not any(clue in text for clue in gone) or any(clue in text for clue in needed)
+    ]
 
 
 def _query(rng: random.Random, given: list[int], targets: list[int], most_targets: int) -> Query:

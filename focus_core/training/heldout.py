@@ -24,9 +24,10 @@ class Loss:
     """A loss over a set of examples.
 
     Args:
-        loss: mean over local contexts of the mean negative log-likelihood of their targets, nats per target.
+        loss: mean over examples of the mean over their local contexts of the mean negative log-likelihood of their
+            targets, nats per target: what the gradient is of.
         by_kind: the same for each objective.
-        queries: local contexts it is the mean of.
+        queries: local contexts they have.
     """
 
     loss: float
@@ -34,14 +35,16 @@ class Loss:
     queries: int
 
     @classmethod
-    def mean_of(cls, pairs: Iterable[tuple[str, float]]) -> Self:
-        """Return the means of (objective, loss) pairs, at least one."""
+    def mean_of(cls, pairs: Iterable[tuple[str, list[float]]]) -> Self:
+        """Return the means of (objective, losses of its local contexts) pairs, one an example, at least one."""
         by_kind: dict[str, list[float]] = {}
-        for kind, loss in pairs:
-            by_kind.setdefault(kind, []).append(loss)
+        queries = 0
+        for kind, losses in pairs:
+            by_kind.setdefault(kind, []).append(sum(losses) / len(losses))
+            queries += len(losses)
         every = [value for values in by_kind.values() for value in values]
         means = {kind: sum(values) / len(values) for kind, values in sorted(by_kind.items())}
-        return cls(sum(every) / len(every), means, len(every))
+        return cls(sum(every) / len(every), means, queries)
 
 
 @torch.no_grad()
@@ -51,14 +54,14 @@ def example_losses(
     examples: Sequence[Example],
     sink: int | None,
     settings: FocusConfig | TrainConfig,
-) -> list[tuple[str, float]]:
-    """Return (objective, loss) of every local context of ``examples``, which run one at a time."""
+) -> list[tuple[str, list[float]]]:
+    """Return (objective, losses of its local contexts) of each of ``examples``, which run one at a time."""
     pairs = []
     for example in examples:
         chunks = encode_example(base, example, sink)
         tasks = [Task(chunks, query) for query in example.queries]
         losses = dense_losses(base, adapter, tasks, sink, settings.positions, Scoring.of(settings))
-        pairs += [(example.kind, float(loss)) for loss in losses]
+        pairs.append((example.kind, [float(loss) for loss in losses]))
     return pairs
 
 

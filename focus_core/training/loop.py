@@ -45,7 +45,7 @@ class StepReport:
 
     Args:
         step: number of the step just finished, from 1.
-        loss: mean negative log-likelihood of its local contexts, nats per target.
+        loss: mean over examples of the mean over their local contexts, nats per target, as in the gradient.
         by_kind: the same per objective.
         divergence: mean KL divergence from the teacher, where there was one.
         tokens: input tokens so far (memory, prompt and local rows), all steps together.
@@ -267,8 +267,8 @@ class _Run:
     def measure(self, held_out: Sequence[Example], keep_best: Callable[[Totals], None]) -> Loss:
         """Measure the held-out loss, every process its share, and keep the adapter if it was never as low."""
         own = self.processes.share(held_out)
-        pairs = example_losses(self.base, self.adapter, own, self.sink, self.config)
-        loss = Loss.mean_of(self.processes.gather(pairs))
+        losses = example_losses(self.base, self.adapter, own, self.sink, self.config)
+        loss = Loss.mean_of(self.processes.gather(losses))
         if self.totals.best is None or loss.loss < self.totals.best:
             self.totals.best, self.totals.best_step = loss.loss, self.totals.step
             if self.processes.is_main:
@@ -315,7 +315,7 @@ class _Run:
 
 def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the means that a step's records give, over all processes."""
-    loss = Loss.mean_of((record["kind"], value) for record in records for value in record["losses"])
+    loss = Loss.mean_of((record["kind"], record["losses"]) for record in records)
     divergences = [value for record in records for value in record["divergences"]]
     return {
         "loss": loss.loss,

@@ -1,15 +1,18 @@
-"""Find passages that look like the answer to a question without being it: hard negatives by BM25.
+"""Find passages that look like the answer to a question without being it: hard negatives by BM25 and by title.
 
 A word index in plain Python, made once for the training passages; words that stand in more than a tenth of them are
-left out, they tell nothing. It draws nothing and is no retriever for users.
+left out, they tell nothing. It is no retriever for users.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from focus_core.training.texts import QuestionRow
 
 _K1, _B = 1.2, 0.75  # the usual constants of BM25
 
@@ -47,3 +50,69 @@ class PassageIndex:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
+
+
+class OtherPassages:
+    """Passages that do not hold the answer: any, of the same title, or nearest by BM25.
+
+    Args:
+        rows: whose passages they are.
+    """
+
+    def __init__(self, rows: Sequence[QuestionRow]) -> None:
+        self.rows = list({row.context: row for row in rows}.values())
+        self._index = PassageIndex([f"{row.title} {row.context}" for row in self.rows])
+        self._of_title: dict[str, list[QuestionRow]] = defaultdict(list)
+        for row in self.rows:
+            if row.title:
+                self._of_title[row.title].append(row)
+
+    def draw(
+        self,
+        rng: random.Random,
+        asked: Sequence[QuestionRow],
+        count: int,
+        hard: float,
+        kinds: Mapping[str, float],
+    ) -> list[QuestionRow]:
+        """Return at most ``count`` different passages without any answer.
+
+        Args:
+            rng: draws.
+            asked: the questions.
+            count: how many.
+            hard: share of hard negatives among them.
+            kinds: weight of each kind of hard negative: ``nearest``, ``article``.
+        """
+        forbidden = [answer.lower() for row in asked for answer in row.answers]
+        each = 2 + 2 * count // max(1, len(asked))
+        near = {kind: self._near(rng, kind, asked, each) for kind in kinds} if hard > 0 and count > 0 else {}
+        drawn: dict[str, QuestionRow] = {}
+        for _ in range(10 * count if self.rows else 0):
+            if len(drawn) >= count:
+                break
+            left = {kind: kinds[kind] for kind, rows in near.items() if rows and kinds[kind] > 0}
+            if left and rng.random() < hard:
+                row = near[rng.choices(list(left), weights=list(left.values()))[0]].pop()
+            else:
+                row = rng.choice(self.rows)
+            if row.context not in {item.context for item in asked} and not _holds(row.context, forbidden):
+                drawn[row.context] = row
+        return list(drawn.values())
+
+    def _near(self, rng: random.Random, kind: str, asked: Sequence[QuestionRow], each: int) -> list[QuestionRow]:
+        """Return hard negatives of all questions, the nearest of each last."""
+        lists = []
+        for row in asked:
+            if kind == "article":
+                alike = self._of_title.get(row.title, [])
+                lists.append(rng.sample(alike, min(each, len(alike))))
+            else:
+                lists.append([self.rows[index] for index in self._index.nearest(row.question, each)])
+        rounds = [item[place] for place in range(each) for item in lists if place < len(item)]
+        return rounds[::-1]
+
+
+def _holds(text: str, answers: Sequence[str]) -> bool:
+    text = text.lower()
+    return any(answer in text for answer in answers)

@@ -34,12 +34,15 @@ class Query:
         split: s; tokens s..n-1 are targets, tokens before it are given.
         prompt: P, most given tokens before the candidate that run behind the chunks; ``None`` runs all of them.
         gold: numbers of the chunks that hold the answer, if they are known.
+        before: token ids of the passages that are read whole, which stand between sink and local context
+            (:meth:`~focus_core.method.reading.Reading.reread`); they never run behind the chunks.
     """
 
     ids: tuple[int, ...]
     split: int
     prompt: int | None = None
     gold: tuple[int, ...] = ()
+    before: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.split < len(self.ids):
@@ -76,8 +79,8 @@ class Example:
     def tokens(self) -> int:
         """Input tokens: memory, and of each local context the local rows and the rows behind every chunk."""
         memory = sum(map(len, self.chunks))
-        rows = [len(query.ids) + len(self.chunks) * (len(query.ids) - query.injected_from) for query in self.queries]
-        return memory + sum(rows)
+        local = sum(len(query.before) + len(query.ids) for query in self.queries)
+        return memory + local + len(self.chunks) * sum(len(query.ids) - query.injected_from for query in self.queries)
 
     @property
     def targets(self) -> int:
@@ -141,13 +144,14 @@ def dense_logits(
 
 
 def _rows(query: Query, sink: int | None) -> Row:
-    ids, head = list(query.ids), sink_before(query.ids, sink)
+    ids, whole = list(query.ids), [*query.before, *query.ids]
+    head = sink_before(whole, sink)
     return Row(
         ordinary=ids[query.injected_from : -2],
         candidates=ids[query.split - 1 : -1],
         visible=query.split - 1 - query.injected_from,
-        local=[*head, *ids[:-1]],
-        shared_rows=len(head) + query.split,
+        local=[*head, *whole[:-1]],
+        shared_rows=len(head) + len(query.before) + query.split,
     )
 
 

@@ -30,17 +30,22 @@ _LONGEST_ANSWER = 200  # characters; longer completions are retold, not found
 
 @dataclass(frozen=True)
 class QuestionRow:
-    """A question, its answers and the passage that holds them."""
+    """A question, its answers and the passage that holds them.
+
+    Without answers it is a question that its passage looks like an answer to and is none. ``sentence`` is the answer as
+    a whole sentence, empty where nobody wrote one.
+    """
 
     question: str
     answers: tuple[str, ...]
     title: str
     context: str
+    sentence: str = ""
 
     @property
     def fullest(self) -> str:
         """The longest answer: a full name rather than a part of it."""
-        return max(self.answers, key=len)
+        return max(self.answers, key=len, default="")
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,14 @@ class TrainingTexts:
         questions: rows that hold their answer.
         passages: short texts.
         files: for each text the number of its file; empty says that each has its own.
+        unanswered: rows whose passage does not answer them.
     """
 
     texts: tuple[str, ...]
     questions: tuple[QuestionRow, ...]
     passages: tuple[Passage, ...] = ()
     files: tuple[int, ...] = ()
+    unanswered: tuple[QuestionRow, ...] = ()
 
     def joined(self) -> list[str]:
         """Return one text a file: its long texts in their order, a blank line between them."""
@@ -88,6 +95,7 @@ def read_training_texts(paths: Iterable[Path]) -> TrainingTexts:
     files: list[int] = []
     questions: dict[QuestionRow, None] = {}  # sets that keep their order
     passages: dict[Passage, None] = {}
+    unanswered: dict[QuestionRow, None] = {}
     number = 0
     for path in paths:
         for file in _files(path):
@@ -95,7 +103,7 @@ def read_training_texts(paths: Iterable[Path]) -> TrainingTexts:
                 for row in _rows(file):
                     question = _question_row(row) or _instruction_row(row)
                     if question is not None:
-                        questions[question] = None
+                        (questions if question.answers else unanswered)[question] = None
                     elif isinstance(row.get("text"), str) and "question" not in row:
                         texts.append(row["text"])
                         passages.update(dict.fromkeys(_own_passage(row)))
@@ -109,7 +117,18 @@ def read_training_texts(paths: Iterable[Path]) -> TrainingTexts:
         raise EmptyCorpusError(
             f"no training text in {', '.join(map(str, paths))}; give .txt or .jsonl files (also .gz) with `text` rows"
         )
-    return TrainingTexts(tuple(texts), tuple(questions), tuple(passages), tuple(files))
+    rows = _with_sentences(questions)
+    return TrainingTexts(tuple(texts), rows, tuple(passages), tuple(files), tuple(unanswered))
+
+
+def _with_sentences(rows: Iterable[QuestionRow]) -> tuple[QuestionRow, ...]:
+    """Return each question once; the row that has a sentence stands for the others of the same passage."""
+    kept: dict[tuple[str, str, str], QuestionRow] = {}
+    for row in rows:
+        key = (row.question, row.title, row.context)
+        if key not in kept or (row.sentence and not kept[key].sentence):
+            kept[key] = row
+    return tuple(kept.values())
 
 
 def hold_out(texts: TrainingTexts, share: float, seed: int) -> tuple[TrainingTexts, TrainingTexts]:
@@ -127,14 +146,19 @@ def hold_out(texts: TrainingTexts, share: float, seed: int) -> tuple[TrainingTex
         kept_texts, held_texts = _split(rng, long, share)
     passages = dict.fromkeys(row.context for row in texts.questions)
     held = set(_split(rng, list(passages), share)[1])
-    asked = ([row for row in texts.questions if (row.context in held) == out] for out in (False, True))
-    kept_rows, held_rows = map(tuple, asked)
+
+    def parts(rows: tuple[QuestionRow, ...]) -> tuple[tuple[QuestionRow, ...], tuple[QuestionRow, ...]]:
+        kept, out = (tuple(row for row in rows if (row.context in held) == apart) for apart in (False, True))
+        return kept, out
+
+    kept_rows, held_rows = parts(texts.questions)
+    kept_none, held_none = parts(texts.unanswered)
     unasked = _split(rng, list(texts.passages), share)
     file = dict(zip(texts.texts, texts.files or range(len(texts.texts)), strict=True))
     kept_files, held_files = (tuple(file.get(text, 0) for text in part) for part in (kept_texts, held_texts))
     return (
-        TrainingTexts(tuple(kept_texts), kept_rows, tuple(unasked[0]), kept_files),
-        TrainingTexts(tuple(held_texts), held_rows, tuple(unasked[1]), held_files),
+        TrainingTexts(tuple(kept_texts), kept_rows, tuple(unasked[0]), kept_files, kept_none),
+        TrainingTexts(tuple(held_texts), held_rows, tuple(unasked[1]), held_files, held_none),
     )
 
 
@@ -167,7 +191,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _question_row(row: dict[str, Any]) -> QuestionRow | None:
-    """Return a row with question, answers and a passage that holds one of them, else ``None``."""
+    """Return a row with question, answers and a passage that holds one of them, or marked as unanswerable."""
     if not isinstance(row.get("question"), str):
         return None
     answers = row.get("answers") or row.get("answer") or []
@@ -175,8 +199,11 @@ def _question_row(row: dict[str, Any]) -> QuestionRow | None:
     answers = [answers] if isinstance(answers, str) else answers
     contexts = row.get("ctxs") or [{"title": row.get("title", ""), "text": row.get("context", "")}]
     passage, title = str(contexts[0].get("text", "")), str(contexts[0].get("title", ""))
+    if not answers and row.get("is_impossible"):
+        return QuestionRow(row["question"], (), title.replace("_", " "), passage)
     held = tuple(str(answer) for answer in answers if str(answer) and str(answer).lower() in passage.lower())
-    return QuestionRow(row["question"], held, title.replace("_", " "), passage) if held else None
+    sentence = str(row.get("sentence") or "")
+    return QuestionRow(row["question"], held, title.replace("_", " "), passage, sentence) if held else None
 
 
 def _own_passage(row: dict[str, Any]) -> list[Passage]:

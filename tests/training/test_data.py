@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 import random
+import re
 
 import pytest
 
 from focus_core.config import TrainConfig
 from focus_core.text.tokenization import TextTokenizer
-from focus_core.training.data import ExampleStream
+from focus_core.training.conversations import invent_conversation
+from focus_core.training.data import NOT_THERE, ExampleStream
 from focus_core.training.facts import invent_facts, invent_value
+from focus_core.training.forms import invent_forms
 from focus_core.training.nearby import PassageIndex
-from focus_core.training.texts import QuestionRow, TrainingTexts, hold_out, read_training_texts
+from focus_core.training.pairs import Pairs
+from focus_core.training.texts import Passage, QuestionRow, TrainingTexts, hold_out, read_training_texts
 
 PASSAGE = "The mill burned in 1702.\nIts owner, Ada Wren, left for Oslo."
 PROMPTS = [
@@ -129,15 +134,18 @@ def stream(tokenizer):
 
 
 def test_hard_negatives_are_near_and_hold_no_answer(stream):
-    """With a share of 1 the other passages are first those of the title and the lexically near; with 0 any."""
+    """With a share of 1 the other passages are of the kinds that are wanted, the nearest first; with 0 any."""
     hard = stream(hard_negatives=1.0)
     asked = [hard.questions[0]]
-    drawn = hard.others.draw(random.Random(0), asked, 3, 1.0)
+    both, near, alike = {"nearest": 0.5, "article": 0.5}, {"nearest": 1.0}, {"article": 1.0}
+    drawn = hard.others.draw(random.Random(0), asked, 3, 1.0, both)
     assert {row.title for row in drawn} == {"title 0", "other"}
-    titles = [row.title for seed in range(30) for row in hard.others.draw(random.Random(seed), asked, 3, 0.0)]
+    assert hard.others.draw(random.Random(0), asked, 1, 1.0, near)[0].title == "other"  # holds "bin0", as the question
+    assert {row.title for row in hard.others.draw(random.Random(0), asked, 2, 1.0, alike)} == {"title 0"}
+    titles = [row.title for seed in range(30) for row in hard.others.draw(random.Random(seed), asked, 3, 0.0, both)]
     assert len(set(titles)) > 10
     for seed in range(20):
-        drawn = hard.others.draw(random.Random(seed), asked, 8, 0.5)
+        drawn = hard.others.draw(random.Random(seed), asked, 8, 0.5, both)
         assert len({row.context for row in drawn}) == len(drawn) == 8
         assert all("1000" not in row.context for row in drawn)
 
@@ -167,9 +175,10 @@ def test_long_answers_are_learned_to_their_end(stream):
     rng = random.Random(0)
     seen = set()
     for _ in range(60):
-        query = drawn._chat_query(rng, row.question, row.answers[0], 2, short=False)
+        query = drawn._chat_query(rng, row.question, row.answers[0], 2)
         assert query.targets == 2
-        given = len(query.ids) - len(drawn.tokenizer.chat(row.question, "Use the documents."))
+        asked = f"{row.question}\nAnswer with a short phrase."
+        given = len(query.ids) - len(drawn.tokenizer.chat(asked, "Use the documents."))
         seen |= set(range(given - 2, given))
     assert seen == set(range(len(whole)))
 
@@ -201,3 +210,114 @@ def test_texts_of_a_file_are_joined_in_their_order(tmp_path, tokenizer):
             assert not any(text.startswith(part) for part in parts for text in held.texts)
             starts.add(len(parts))
         assert (max(starts) > 1) == bool(share)
+
+
+# -- not there, read whole, scenes ------------------------------------------------------------------------------
+
+
+def test_what_is_not_there_is_declined(stream, tokenizer):
+    """A question whose answer no chunk holds has the fixed sentence as target and no gold; the others keep theirs."""
+    drawn = stream(not_there=0.4, questions_per_example=3)
+    declined = told = 0
+    for step in range(60):
+        example = drawn.example(step, 0)
+        memory = " ".join(tokenizer.decode(chunk) for chunk in example.chunks)
+        for query in example.queries:
+            text, target = tokenizer.decode(query.ids), tokenizer.decode(query.ids[query.split : -1])
+            row = next(row for row in drawn.questions if row.question in text)
+            assert (target == NOT_THERE) == (not query.gold) == (row.answers[0] not in memory)
+            declined, told = declined + (target == NOT_THERE), told + (target != NOT_THERE)
+    assert 0.2 < declined / (declined + told) < 0.6
+
+
+def test_unanswerable_rows_are_read_and_declined(tmp_path, tokenizer):
+    """A row marked as impossible is kept apart; its passage is in memory when it is asked, and the target declines."""
+    rows = [{"question": f"Who is {n}?", "answers": [f"Ada {n}"], "context": f"Ada {n} lives here."} for n in range(30)]
+    odd = {"question": "Who was Bert?", "answers": [], "context": "Bert is a name.", "is_impossible": True}
+    texts = _rows(tmp_path, *rows, odd)
+    assert [row.question for row in texts.unanswered] == ["Who was Bert?"]
+    assert len(texts.questions) == 30
+    settings = {"mix": {"question": 1.0}, "not_there": 0.5, "max_memory_tokens": 512, "max_chunks": 4}
+    drawn = ExampleStream(texts, TextTokenizer(tokenizer), TrainConfig(**settings))
+    seen = 0
+    for step in range(60):
+        example = drawn.example(step, 0)
+        for query in example.queries:
+            if "Who was Bert?" in tokenizer.decode(query.ids):
+                seen += 1
+                assert tokenizer.decode(query.ids[query.split : -1]) == NOT_THERE
+                assert any("Bert is" in tokenizer.decode(chunk) for chunk in example.chunks)
+    assert seen > 3
+
+
+def test_a_sentence_is_said_where_no_short_phrase_is_asked_for(tmp_path, tokenizer):
+    """A row with a sentence gives both targets, each with its own template; a row without gives the short one alone."""
+    row = {"question": "Who?", "answers": ["Ada"], "context": "Ada lives here."}
+    texts = _rows(tmp_path, row, {**row, "sentence": "It is Ada."}, {**row, "question": "What?"})
+    assert len(texts.questions) == 2
+    drawn = ExampleStream(texts, TextTokenizer(tokenizer), TrainConfig(mix={"question": 1.0}))
+    seen = set()
+    for step in range(40):
+        for query in drawn.example(step, 0).queries:
+            text = tokenizer.decode(query.ids)
+            short, sentence = "short phrase" in text, "It is Ada." in text
+            assert short != sentence
+            seen.add(("Who?" in text, short))
+    assert seen == {(True, True), (True, False), (False, True)}
+
+
+@pytest.mark.parametrize("kind", ["question", "needle", "form", "conversation", "pair"])
+def test_passages_read_whole_are_chunks_of_the_memory(kind, tmp_path, tokenizer):
+    """Whole chunks in memory order, within the budget; the gold one among them, wrong ones, or none at all."""
+    rows = [{"question": f"Who is {n}?", "answers": [f"Ada {n}"], "context": f"Ada {n} lives here."} for n in range(30)]
+    texts = _rows(tmp_path, *rows, {"text": "Bert Ode (1815 - 1852) was a writer. " * 70, "title": "Ode"})
+    passage = [Passage(f"Film {n}", f"Film {n} is a {1900 + n} American film. " * 4) for n in range(20)]
+    texts = dataclasses.replace(texts, passages=tuple(passage))
+    settings = {"mix": {kind: 1.0}, "read_whole": 0.7, "read_chunks": 3, "read_tokens": 300, "chunk_sizes": (64,)}
+    drawn = ExampleStream(texts, TextTokenizer(tokenizer), TrainConfig(**settings, not_there=0.2))
+    gap, seen = tokenizer.encode("\n\n", add_special_tokens=False), set()
+    for step in range(80):
+        example = drawn.example(step, 0)
+        pieces = [[*chunk, *gap] for chunk in example.chunks]
+        for query in example.queries:
+            assert len(query.before) <= 300
+            left, kept = list(query.before), []
+            for number, piece in enumerate(pieces):
+                if left[: len(piece)] == piece:
+                    left = left[len(piece) :]
+                    kept.append(number)
+            assert not left
+            assert len(kept) <= 3
+            seen.add("none" if not kept else "gold" if set(kept) & set(query.gold) else "wrong")
+    assert seen == {"none", "gold", "wrong"}
+
+
+@pytest.mark.parametrize("make", ["form", "conversation", "pair"])
+def test_scenes_hold_their_answers(make):
+    """Every clue stands in a document, and together the clues hold the answer or what it is compared by."""
+    people = [Passage(f"Ode {n}", f"Ode {n} (born 3 May {1900 + n}) was a writer from Oslo.") for n in range(12)]
+    films = [Passage(f"Film {n}", f"Film {n} is a {1930 + n} American film directed by Ode Ha{n}.") for n in range(12)]
+    pairs = Pairs([*people, *films])
+    for seed in range(150):
+        rng = random.Random(seed)
+        if make == "form":
+            scene = invent_forms(rng, 6, 4)
+        elif make == "conversation":
+            scene = invent_conversation(rng, 20, 3, 4)
+        else:
+            scene = pairs.draw(rng, 8, 3)
+        assert scene.asked
+        for item in scene.asked:
+            holding = [text for text in scene.documents if any(clue in text for clue in item.clues)]
+            assert all(any(clue in text for text in holding) for clue in item.clues)
+            parts = re.split(r", | and ", item.answer) if make == "pair" else [item.answer]
+            assert all(part.split(" ", 1)[-1] in " ".join(holding) for part in parts), item
+            assert item.question not in " ".join(scene.documents)
+
+
+def test_a_form_is_asked_for_only_where_one_document_answers():
+    """No other document of the scene holds all the words that name what is asked for."""
+    for seed in range(200):
+        scene = invent_forms(random.Random(seed), 8, 4)
+        for item in scene.asked:
+            assert sum(all(word in text for word in item.about) for text in scene.documents) == 1
