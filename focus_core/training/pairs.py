@@ -132,8 +132,8 @@ def _born(item: Passage) -> re.Match[str] | None:
 
 
 _PERSON = re.compile(
-    r"\b(?:was|is) an? [^.]*?\b(?:actor|actress|director|writer|politician|player|singer|painter|king|queen|duke|bishop|"
-    r"composer|producer|author|poet|nobleman|footballer|journalist|filmmaker)"
+    r"\b(?:was|is) an? [^.]*?\b(?:actor|actress|director|writer|politician|player|singer|painter|king|queen|duke|"
+    r"bishop|composer|producer|author|poet|nobleman|footballer|journalist|filmmaker)"
 )
 _BORN_IN = re.compile(
     rf"\((?:[^()]*\bborn |b\. )?[^()\d]*(?:\d{{1,2}} )?(?:[A-Z][a-z]+ )?(?:\d{{1,2}}, )?{_YEAR}[^()]*\)"

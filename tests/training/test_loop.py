@@ -18,9 +18,9 @@ from focus_core.model.hub import AdapterInfo, LoadedBase, fingerprint, load_adap
 from focus_core.text.tokenization import TextTokenizer
 from focus_core.training.data import ExampleStream, read_training_texts
 from focus_core.training.export import export_adapter, interpolate_adapters
-from focus_core.training.heldout import measure_loss
-from focus_core.training.loop import learning_rate, train
-from focus_core.training.objectives import Query
+from focus_core.training.heldout import Loss, measure_loss
+from focus_core.training.loop import CandidateLoss, learning_rate, train
+from focus_core.training.objectives import Example, Query
 from tests.conftest import perturb, tiny_model
 
 SMALL = {
@@ -235,3 +235,19 @@ def test_bad_training_input(tmp_path, tokenizer):
         ExampleStream(read_training_texts([tmp_path]), TextTokenizer(tokenizer), TrainConfig())
     with pytest.raises(ConfigError, match="split must be between 1 and 2; got 3"):
         Query((1, 2, 3), 3)
+
+
+def test_the_logged_loss_is_what_the_gradient_is_of():
+    """Of examples with one and with four local contexts: the log's loss == the loss that is differentiated."""
+    base = BaseDecoder(tiny_model("llama"))
+    examples = [
+        Example(((10, 11, 12, 13), (30, 31)), tuple(Query((20 + n, 21, 22, 23, 24), 2) for n in range(count)), kind)
+        for count, kind in ((1, "needle"), (4, "question"))
+    ]
+    with CandidateAdapter(base, torch.float32) as adapter:
+        perturb(adapter)
+        loss, records = CandidateLoss(base, adapter, TrainConfig(), 0)(examples, 1 / len(examples))
+        assert Loss.mean_of((record["kind"], record["losses"]) for record in records).loss == pytest.approx(
+            loss.item(), rel=1e-5
+        )
+        assert measure_loss(base, adapter, examples, 0, TrainConfig()).loss == pytest.approx(loss.item(), rel=1e-5)
