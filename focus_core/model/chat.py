@@ -392,8 +392,9 @@ class ToolCallParser:
 
     def _read_head(self) -> list[ChatDelta] | None:
         match = _HEAD.match(self._held)
-        if match is not None:
-            self._name, self._arguments = str(json.loads(match[1])), ""
+        name = _parsed(match[1]) if match is not None else None
+        if match is not None and isinstance(name, str):
+            self._name, self._arguments = name, ""
             self._held, self._read = self._held[match.end() :], self._read_arguments
             return [ChatDelta(index=self._count, id=self._id(), name=self._name)]
         body, closed, after = self._held.partition(CALL_CLOSE)
@@ -471,8 +472,13 @@ def parse_tool_calls(text: str, request: str = "") -> tuple[str, tuple[ToolCall,
 
 
 def _object(text: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
+    value = _parsed(text)
     return value if isinstance(value, dict) else None
+
+
+def _parsed(text: str) -> Any:
+    """Return a JSON value; ``None`` for what is none, or is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -6,9 +6,9 @@ refused by name. Nothing is generated here.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,11 +26,14 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
-from focus_core.answers import Answer
+from focus_core.answers import Answer, AnswerStream
 from focus_core.engine import FocusEngine
-from focus_core.errors import ConfigError, NotTextError
-from focus_core.model.chat import Message, Role, Tool, ToolCall
+from focus_core.errors import ConfigError, FocusError, NotTextError
+from focus_core.model.chat import CALL_CLOSE, CALL_OPEN, Message, Role, Tool, ToolCall, ToolCallParser
+from focus_core.session.documents import canonical, written
 from focus_core.text.corpus import Document
+
+logger = logging.getLogger(__name__)
 
 _ROLES: dict[MessageRole, Role] = {
     MessageRole.SYSTEM: "system",
@@ -47,33 +50,38 @@ _ROLES: dict[MessageRole, Role] = {
 # -- in ---------------------------------------------------------------------------------------------------------
 
 
-def to_messages(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[Document]]:
-    """Return a conversation and the documents that its blocks carry.
+def to_messages(messages: Sequence[ChatMessage], skip: bool = False) -> tuple[list[Message], list[Document]]:
+    """Return a conversation and the documents that its blocks carry; blank ones are left out and logged.
 
     Args:
         messages: oldest first.
+        skip: leave out what is no text, and log it, instead of raising.
 
     Raises:
         ConfigError: a block is no text (image, audio, video).
         NotTextError: a document block holds no UTF-8 text.
     """
     found: list[Message] = []
-    documents: dict[str, Document] = {}
+    documents: list[Document] = []
     for message in messages:
         texts: list[str] = []
         calls: list[ToolCall] = []
         for block in message.blocks:
-            if isinstance(block, TextBlock):
-                texts.append(block.text)
-            elif isinstance(block, ToolCallBlock):
-                calls.append(ToolCall(block.tool_call_id or "", block.tool_name, _arguments(block.tool_kwargs)))
-            elif isinstance(block, (CitableBlock, DocumentBlock)):
-                document = _document(block)
-                documents[document.id] = document
-            elif not isinstance(block, (ThinkingBlock, CitationBlock, CachePoint)):
-                raise ConfigError(
-                    f"FocusLLM reads text; a message of role {message.role.value!r} holds a {type(block).__name__}"
-                )
+            try:
+                if isinstance(block, TextBlock):
+                    texts.append(block.text)
+                elif isinstance(block, ToolCallBlock):
+                    calls.append(ToolCall(block.tool_call_id or "", block.tool_name, _arguments(block.tool_kwargs)))
+                elif isinstance(block, (CitableBlock, DocumentBlock)):
+                    documents += _written([_document(block)])
+                elif not isinstance(block, (ThinkingBlock, CitationBlock, CachePoint)):
+                    raise ConfigError(
+                        f"FocusLLM reads text; a message of role {message.role.value!r} holds a {type(block).__name__}"
+                    )
+            except (FocusError, OSError, ValueError) as error:  # of a file or address as well
+                if not skip:
+                    raise
+                logger.warning("a part of a message is skipped: %s", error)
         extra = message.additional_kwargs
         found.append(
             Message(
@@ -84,7 +92,7 @@ def to_messages(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[Do
                 extra.get("name"),
             )
         )
-    return found, list(documents.values())
+    return found, documents
 
 
 def to_tools(tools: Iterable[dict[str, Any]]) -> list[Tool]:
@@ -110,20 +118,22 @@ def to_tool_choice(choice: str | dict[str, Any] | None, required: bool) -> str:
     return "required" if choice == "any" else str(choice)
 
 
-def request_name(messages: Sequence[Message]) -> str:
-    """Return a hash of a conversation, from which ids of its tool calls are made."""
-    digest = hashlib.sha256(json.dumps([asdict(message) for message in messages], default=str).encode())
-    return digest.hexdigest()[:16]
-
-
 def _arguments(arguments: dict[str, Any] | str) -> dict[str, Any]:
+    """Return the arguments of a call in the history; what is no JSON object is kept as it stands."""
     if isinstance(arguments, dict):
         return arguments
     try:
         value = json.loads(arguments or "{}")
-    except ValueError as error:
-        raise ConfigError(f"the arguments of a tool call must be a JSON object; got {arguments!r}") from error
+    except (ValueError, RecursionError):
+        value = arguments
     return value if isinstance(value, dict) else {"value": value}
+
+
+def _written(documents: list[Document]) -> list[Document]:
+    for document in documents:
+        if not document.text.strip():
+            logger.warning("the attachment %r holds no text and is left out", document.id)
+    return written(documents)
 
 
 def _document(block: CitableBlock | DocumentBlock) -> Document:
@@ -137,7 +147,7 @@ def _document(block: CitableBlock | DocumentBlock) -> Document:
             else:
                 raise ConfigError(f"FocusLLM reads text; the citable {block.title!r} holds a {type(part).__name__}")
         name = block.source or block.title
-        return Document(name, "\n\n".join(texts), {"title": block.title, "source": block.source})
+        return Document(name, "\n\n".join(texts), {"title": block.title, "source": name})
     name = str(block.path or block.url or block.title or "document")
     data = block.resolve_document().read()
     try:
@@ -152,6 +162,27 @@ def _document(block: CitableBlock | DocumentBlock) -> Document:
 # -- out --------------------------------------------------------------------------------------------------------
 
 
+def texts_of(stream: AnswerStream, parser: ToolCallParser | None) -> Iterator[str]:
+    """Yield text; with a parser, tool calls in it go to the parser instead, and what is no call is text again."""
+    if parser is None:
+        yield from stream
+        return
+    known = 0
+    for piece in stream:
+        yield from (delta.text for delta in parser.push(piece) if delta.text)
+        while len(parser.broken) > known:
+            yield f"{_as_written(parser.broken[known])}}}\n{CALL_CLOSE}"
+            known += 1
+    yield from (delta.text for delta in parser.finish() if delta.text)
+    yield from map(_as_written, parser.broken[known:])
+
+
+def _as_written(call: tuple[str, str, str]) -> str:
+    """Return what a model wrote of a call, up to the end of its arguments."""
+    _, name, arguments = call
+    return f'{CALL_OPEN}\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}'
+
+
 def blocks_of(text: str, calls: Sequence[ToolCall], citations: Sequence[CitationBlock] = ()) -> list[ContentBlock]:
     """Return the blocks of an assistant's message."""
     found: list[ContentBlock] = [TextBlock(text=text)] if text or not calls else []
@@ -159,19 +190,38 @@ def blocks_of(text: str, calls: Sequence[ToolCall], citations: Sequence[Citation
     return [*found, *citations]
 
 
-def citations_of(answer: Answer, documents: Sequence[Document], limit: int) -> list[CitationBlock]:
-    """Return the best passages of the documents that a request's blocks carried, with their exact places."""
-    titles = {document.id: str(document.metadata["title"]) for document in documents}
-    return [
-        CitationBlock(
-            cited_content=TextBlock(text=passage.text),
-            source=passage.document_id,
-            title=titles[passage.document_id],
-            additional_location_info={"start": passage.start, "end": passage.end},
-        )
-        for passage in answer.passages
-        if passage.document_id in titles
-    ][:limit]
+def message_of(blocks: list[ContentBlock]) -> ChatMessage:
+    """Return an assistant's message."""
+    return ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks)
+
+
+def citations_of(
+    answer: Answer, held: Mapping[str, Document], carried: Sequence[Document], limit: int
+) -> list[CitationBlock]:
+    """Return the best passages of the documents that a request's blocks carried, with their exact places.
+
+    Args:
+        answer: whose passages they are.
+        held: what was read, by id. A carried document may be held under another id than its own, which another document
+            of the memory has.
+        carried: by the request's blocks.
+        limit: most citations.
+    """
+    known = {(document.text, canonical(document.metadata)) for document in carried}
+    found: list[CitationBlock] = []
+    for passage in answer.passages:
+        document = held[passage.document_id]
+        if len(found) < limit and (document.text, canonical(document.metadata)) in known:
+            place = {"start": passage.start, "end": passage.end}
+            found.append(
+                CitationBlock(
+                    cited_content=TextBlock(text=passage.text),
+                    source=document.metadata["source"],
+                    title=document.metadata["title"],
+                    additional_location_info=place,
+                )
+            )
+    return found
 
 
 def usage_of(answer: Answer) -> dict[str, int]:

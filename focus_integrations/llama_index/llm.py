@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
-from dataclasses import fields
+import uuid
+from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any, Self, cast
 
 from llama_index.core.base.llms.types import (
@@ -38,37 +38,27 @@ from llama_index.core.tools.types import BaseTool
 from llama_index.core.types import Model, PydanticProgramMode
 from llama_index_instrumentation import get_dispatcher
 
-from focus_core.answers import AnswerStream
-from focus_core.config import DecodeConfig
-from focus_core.engine import FocusEngine, Template
+from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
-from focus_core.generation import check_cancelled
-from focus_core.hardware import free_bytes
-from focus_core.model.chat import Message, ToolCallParser
+from focus_core.model.chat import ToolCallParser
 from focus_core.session import concurrency
-from focus_core.session.documents import to_documents
-from focus_core.session.engines import Held, MemoryHolder, shared_engine
+from focus_core.session.engines import MemoryHolder, shared_engine
 from focus_core.session.pieces import trimmed
-from focus_core.store.memory import Memory
-from focus_core.text.corpus import Document
 from focus_integrations.llama_index._messages import (
     blocks_of,
     citations_of,
     logprobs_of,
+    message_of,
     raw_of,
-    request_name,
+    texts_of,
     to_messages,
     to_tool_choice,
-    to_tools,
     usage_of,
 )
+from focus_integrations.llama_index._request import MemorySource, Request, capacity
 
-_SAMPLING = tuple(field.name for field in fields(DecodeConfig) if field.name != "stop")
-CALL_OPTIONS = frozenset([*_SAMPLING, "stop", "documents", "template", "max_sources", "schema"])
-"""What may be given per call."""
 _CITATIONS = 5
 
-MemorySource = Memory | Callable[[], Memory | None]
 dispatcher = get_dispatcher(__name__)
 
 
@@ -213,7 +203,7 @@ class FocusLLM(FunctionCallingLLM):
     ) -> CompletionResponseGen:
         if not formatted and self.completion_to_prompt is not None:
             prompt = self.completion_to_prompt(prompt)
-        call = _Call(self, kwargs, cancelled)
+        call = Request(self, kwargs, cancelled)
         text = ""
         with call.prompt(prompt) as stream:
             for piece in trimmed(stream):
@@ -262,18 +252,19 @@ class FocusLLM(FunctionCallingLLM):
     def _stream_chat(
         self, messages: Sequence[ChatMessage], kwargs: dict[str, Any], cancelled: threading.Event | None = None
     ) -> ChatResponseGen:
-        call = _Call(self, kwargs, cancelled)
+        call = Request(self, kwargs, cancelled)
         turns, documents = to_messages(messages)
-        parser = ToolCallParser(request_name(turns))
+        parser = ToolCallParser(uuid.uuid4().hex)
         text = ""
         with call.conversation(turns, documents) as stream:
-            for piece in trimmed(_texts(stream, parser if call.tools else None)):
+            for piece in trimmed(texts_of(stream, parser if call.offered else None)):
                 text += piece
-                yield ChatResponse(message=_message(blocks_of(text, parser.calls)), delta=piece)
+                yield ChatResponse(message=message_of(blocks_of(text, parser.calls)), delta=piece)
             answer = stream.answer
-        blocks = blocks_of(text, parser.calls, citations_of(answer, documents, _CITATIONS))
+        cited = citations_of(answer, stream.documents, documents, _CITATIONS) if documents else []
+        blocks = blocks_of(text, parser.calls, cited)
         yield ChatResponse(
-            message=_message(blocks),
+            message=message_of(blocks),
             delta="",
             raw=raw_of(answer, call.held.created, call.max_sources),
             logprobs=logprobs_of(answer, self.engine),
@@ -419,91 +410,6 @@ class FocusLLM(FunctionCallingLLM):
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """Share weights and memory with the original."""
         return self.model_copy()
-
-
-class _Call:
-    """One request: what a model and its arguments ask for."""
-
-    def __init__(self, llm: FocusLLM, kwargs: dict[str, Any], cancelled: threading.Event | None) -> None:
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        self.llm, self.engine = llm, llm.engine
-        self.cancelled = cancelled or threading.Event()
-        self.template = given.pop("template", llm.template)
-        self.max_sources = kwargs.get("max_sources", llm.max_sources)
-        given.pop("max_sources", None)
-        self.tools = to_tools(given.pop("tools", ()))
-        self.tool_choice = to_tool_choice(given.pop("tool_choice", None), bool(given.pop("tool_required", False)))
-        self.parallel = bool(given.pop("parallel_tool_calls", given.pop("allow_parallel_tool_calls", True)))
-        self.schema = given.pop("schema", None)
-        self.documents = to_documents(given.pop("documents", []))
-        stop = given.pop("stop", llm.stop) or ()
-        self.held = Held(None)
-        self.options = {name: given.pop(name, getattr(llm, name)) for name in _SAMPLING}
-        self.options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-        if given:
-            known = ", ".join(sorted(CALL_OPTIONS))
-            raise ConfigError(f"unknown option {sorted(given)[0]!r}; a call takes {known}")
-
-    def prompt(self, prompt: str) -> AnswerStream:
-        """Begin an answer to a prompt of any length."""
-        if self.template == "chat" or self.schema is not None:
-            return self.conversation([Message("user", prompt)], [])
-        head, tail = self.engine.split_prompt(prompt)
-        memory = self._hold([Document("prompt", head)] if head.strip() else [])
-        template = cast(Template, self.template)
-        return self.engine.stream(tail, memory, template=template, cancelled=self.cancelled, **self.options)
-
-    def conversation(self, messages: list[Message], documents: list[Document]) -> AnswerStream:
-        """Begin an answer to a conversation of any length."""
-        offered = () if self.tool_choice == "none" else self.tools
-        moved, kept = self.engine.fit(messages, offered, self.options["max_tokens"])
-        return self.engine.chat(
-            kept,
-            self._hold([*documents, *moved]),
-            tools=self.tools,
-            tool_choice=self.tool_choice,
-            parallel=self.parallel,
-            schema=self.schema,
-            cancelled=self.cancelled,
-            **self.options,
-        )
-
-    def _hold(self, documents: list[Document]) -> Memory | None:
-        """Return what the call reads; documents that calls before it brought along are not computed again."""
-        source = self.llm._source
-        bound = source() if callable(source) else source
-        self.held = self.llm._holder.hold(
-            self.engine,
-            self.llm.documents if source is None else None,
-            bound if source is not None else self.llm.memory_path,
-            [*self.documents, *documents],
-            check=lambda: check_cancelled(self.cancelled),
-        )
-        return self.held.memory
-
-
-def capacity(engine: FocusEngine) -> int:
-    """Return the tokens that memory and window hold: half of the memory that is free now, as chunk KV.
-
-    This is what fits, not what an adapter answers well over; docs/experiments.md has what was measured.
-    """
-    base = engine.base
-    per_token = 2 * (base.num_layers - 1) * base.num_kv_heads * base.head_dim * base.dtype.itemsize
-    return int(free_bytes(base.device) // 2 // per_token) + engine.config.window
-
-
-def _texts(stream: AnswerStream, parser: ToolCallParser | None) -> Iterator[str]:
-    """Yield text; with a parser, tool calls in it go to the parser instead."""
-    if parser is None:
-        yield from stream
-        return
-    for piece in stream:
-        yield from (delta.text for delta in parser.push(piece) if delta.text)
-    yield from (delta.text for delta in parser.finish() if delta.text)
-
-
-def _message(blocks: list[Any]) -> ChatMessage:
-    return ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks)
 
 
 def _schema_options(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:

@@ -111,10 +111,11 @@ class FocusMemoryBlock(BaseMemoryBlock[str]):
 
 
 def _written(message: ChatMessage) -> str:
-    """Return a turn as text, its tool calls included."""
-    (turn,), _ = to_messages([message])
+    """Return a turn as text, its tool calls and attachments included; what is no text is skipped and logged."""
+    (turn,), attached = to_messages([message], skip=True)
     calls = [f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)})" for call in turn.tool_calls]
-    said = "\n".join(filter(None, [turn.content.strip(), *calls]))
+    files = [f"[{document.metadata['title']}]\n{document.text}" for document in attached]
+    said = "\n".join(filter(None, [turn.content.strip(), *calls, *files]))
     return f"{message.role.value}: {said}" if said else ""
 
 

@@ -26,8 +26,9 @@ from llama_index.core.vector_stores.types import MetadataFilters
 
 from focus_integrations.llama_index._arguments import keywords, left, refuse_unknown, taken
 from focus_integrations.llama_index._found import Found
+from focus_integrations.llama_index._request import CALL_OPTIONS
 from focus_integrations.llama_index._selection import ReadNodes, Selection
-from focus_integrations.llama_index.llm import CALL_OPTIONS, FocusLLM
+from focus_integrations.llama_index.llm import FocusLLM
 from focus_integrations.llama_index.retriever import FocusRetriever
 from focus_integrations.llama_index.synthesizer import FocusSynthesizer
 

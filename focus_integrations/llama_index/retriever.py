@@ -1,6 +1,7 @@
 """Rank the nodes of a :class:`FocusMemoryIndex` by the attention that a question gives them.
 
-All nodes are read to find the best, so this is no cheap first stage; it shows what the model would use, and lets
+All nodes are read to find the best, so this is no cheap first stage; of a question longer than the window, the tail is
+asked. It shows what the model would use, and lets
 engines that want nodes stand on a memory. It answers nothing.
 """
 
@@ -15,10 +16,12 @@ from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import MetadataFilters
 
+from focus_core.session.engines import asked
 from focus_integrations.llama_index._arguments import refuse_unknown
 from focus_integrations.llama_index._nodes import scored_nodes
+from focus_integrations.llama_index._request import CALL_OPTIONS
 from focus_integrations.llama_index._selection import ReadNodes, Selection
-from focus_integrations.llama_index.llm import CALL_OPTIONS, FocusLLM
+from focus_integrations.llama_index.llm import FocusLLM
 
 
 class FocusRetriever(BaseRetriever):
@@ -60,11 +63,14 @@ class FocusRetriever(BaseRetriever):
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         reader = self._reader()
-        return self._nodes(reader.complete(query_bundle.query_str, **self.options)) if reader else []
+        return self._nodes(reader.complete(self._asked(query_bundle), **self.options)) if reader else []
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         reader = await asyncio.to_thread(self._reader)
-        return self._nodes(await reader.acomplete(query_bundle.query_str, **self.options)) if reader else []
+        return self._nodes(await reader.acomplete(self._asked(query_bundle), **self.options)) if reader else []
+
+    def _asked(self, query_bundle: QueryBundle) -> str:
+        return asked(self.llm.engine, query_bundle.query_str)
 
     def _reader(self) -> FocusLLM | None:
         memory = self.selection.memory()

@@ -23,7 +23,8 @@ from focus_core.text.corpus import Document
 from focus_integrations.llama_index._arguments import refuse_unknown
 from focus_integrations.llama_index._found import Found
 from focus_integrations.llama_index._nodes import to_documents
-from focus_integrations.llama_index.llm import CALL_OPTIONS, FocusLLM
+from focus_integrations.llama_index._request import CALL_OPTIONS
+from focus_integrations.llama_index.llm import FocusLLM
 
 dispatcher = get_dispatcher(__name__)
 
