@@ -28,7 +28,8 @@ from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.chat import Message, Tool, fit_messages, render_messages
 from focus_core.model.constraints import Grammar, tool_calls
 from focus_core.model.families import BaseDecoder
-from focus_core.model.hub import AdapterInfo, LoadedBase, Notice, find_adapter, load_adapter, load_base
+from focus_core.model.hub import AdapterInfo, LoadedBase, find_adapter, load_adapter, load_base
+from focus_core.model.sources import Notice
 from focus_core.store.memory import ChunkEncoder, Memory, Progress
 from focus_core.store.segments import Store
 from focus_core.text.corpus import Document, load_documents
@@ -87,12 +88,14 @@ class FocusEngine:
         prompt_length: int | None = None,
         positions: Positions | None = None,
         local_mode: LocalMode | None = None,
+        other_base: bool = False,
         notice: Notice = lambda text: None,
     ) -> Self:
         """Load a base and its adapter.
 
         Args:
-            base: hub name, folder or GGUF file; ``None`` for the installed default.
+            base: one of :data:`focus_core.model.bases.BASES`, hub name, folder or GGUF file; ``None`` for the installed
+                default.
             adapter: folder or hub name; ``None`` for the one shipped for this base; ``"untrained"`` for copies of the
                 base's own projections.
             dtype: of the weights; chosen for the hardware if not given.
@@ -102,6 +105,7 @@ class FocusEngine:
             prompt_length: most tokens of the dynamic prompt.
             positions: ``shared`` or ``ordered``; a trained adapter knows one only.
             local_mode: ``incremental`` or ``exact``; a trained adapter knows one only.
+            other_base: let the adapter serve other weights than those it was trained for, if the shapes fit.
             notice: told about long work.
 
         Raises:
@@ -114,7 +118,7 @@ class FocusEngine:
         attached = CandidateAdapter(decoder)
         try:
             if folder is not None:
-                info = load_adapter(folder, attached, loaded)
+                info = load_adapter(folder, attached, loaded, other_base=other_base)
             else:
                 positions_known: Positions = "shared" if decoder.rotary else "ordered"
                 window_known = min(4096, decoder.window)

@@ -156,7 +156,7 @@ def make_engine(tokenizer: PreTrainedTokenizerFast) -> Iterator[EngineFactory]:
 def real_engine() -> FocusEngine:
     """The default base with the shipped adapter; loaded once."""
     from focus_core.errors import BaseModelError
-    from focus_core.model.hub import default_gguf
+    from focus_core.model.sources import default_gguf
 
     try:
         default_gguf()

@@ -20,6 +20,7 @@ from focus_core.cli._shared import (
     Device,
     MaxTokens,
     MemoryFolder,
+    OtherBase,
     Paths,
     Reread,
     Seed,
@@ -40,6 +41,7 @@ def ask(
     memory: MemoryFolder = None,
     base: Base = None,
     adapter: Adapter = None,
+    other_base: OtherBase = False,
     chunk_size: ChunkSize = None,
     device: Device = None,
     max_tokens: MaxTokens = 64,
@@ -57,7 +59,7 @@ def ask(
     raw: Annotated[bool, typer.Option(help="The question is text to be continued, not a chat turn.")] = False,
 ) -> None:
     """Answer one question over files and folders, with its sources."""
-    engine = open_engine(base, adapter, chunk_size, device)
+    engine = open_engine(base, adapter, chunk_size, device, other_base=other_base)
     held = open_memory(engine, paths or [], memory)
     stream = engine.stream(
         question,

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from focus_core.cli._shared import Adapter, Base, Device, app, note, numbers, open_engine, progress
+from focus_core.cli._shared import Adapter, Base, Device, OtherBase, app, note, numbers, open_engine, progress
 from focus_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
     base: Base = None,
     adapter: Adapter = None,
+    other_base: OtherBase = False,
     device: Device = None,
 ) -> None:
     """Make a table of results; run it again to resume. Tasks and methods are in docs/evaluation.md."""
@@ -56,7 +57,7 @@ def evaluate(
         raise ConfigError(f"unknown task {task!r}; choose {', '.join([*TASKS, *OWN_TABLES])}")
     asked = parse_methods(methods)
     data, text = (local_file(place) if place is not None else None for place in (file, filler))
-    engine = open_engine(base, adapter, None, device)
+    engine = open_engine(base, adapter, None, device, other_base=other_base)
     options = TaskOptions(engine.tokenizer, trials, seed, chunk_size=0, distractors=distractors, file=data, filler=text)
     if task == "heads":
         _choose_heads(engine, options, numbers(documents)[0], output)

@@ -10,7 +10,16 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from focus_core.errors import ConfigError, CorpusError
 
@@ -23,8 +32,12 @@ app = typer.Typer(
 note = Console(stderr=True, highlight=False)
 
 Paths = Annotated[list[str] | None, typer.Argument(help="Files and folders; - is standard input.")]
-Base = Annotated[str | None, typer.Option(help="Base model: hub name, folder or .gguf file. [default: installed one]")]
+Base = Annotated[
+    str | None,
+    typer.Option(help="A name of `focusllm bases`, hub name, folder or .gguf file. [default: installed one]"),
+]
 Adapter = Annotated[str | None, typer.Option(help="Adapter folder or hub name, or 'untrained'. [default: shipped one]")]
+OtherBase = Annotated[bool, typer.Option(help="Let the adapter serve another base than its own, if the shapes fit.")]
 MemoryFolder = Annotated[Path | None, typer.Option("--memory", help="Folder that keeps what was read; made if absent.")]
 ChunkSize = Annotated[int | None, typer.Option(help="Most tokens of a chunk. [default: the adapter's]")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: what there is]")]
@@ -38,7 +51,9 @@ Reread = Annotated[int, typer.Option(help="Also read this many chunks whole, tho
 Seed = Annotated[int | None, typer.Option(help="Makes sampling reproducible.")]
 
 
-def open_engine(base: str | None, adapter: str | None, chunk_size: int | None, device: str | None) -> Any:
+def open_engine(
+    base: str | None, adapter: str | None, chunk_size: int | None, device: str | None, *, other_base: bool = False
+) -> Any:
     with waiting("loading the model"):
         from transformers.utils import logging
 
@@ -47,7 +62,12 @@ def open_engine(base: str | None, adapter: str | None, chunk_size: int | None, d
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         return FocusEngine.from_pretrained(
-            base, adapter, chunk_size=chunk_size, device=device, notice=lambda text: note.print(text)
+            base,
+            adapter,
+            chunk_size=chunk_size,
+            device=device,
+            other_base=other_base,
+            notice=lambda text: note.print(text),
         )
 
 
@@ -110,5 +130,20 @@ def progress(text: str, total: int | None = None) -> Iterator[Callable[..., None
             if total is not None:
                 bar.update(task, total=total)
             bar.update(task, completed=done, extra=extra)
+
+        yield update
+
+
+@contextmanager
+def transfer(text: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback of bytes done and in all; the bar comes with its first call."""
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=note, transient=True) as bar:
+
+        def update(done: int, total: int) -> None:
+            task = bar.task_ids[0] if bar.task_ids else bar.add_task(text, total=total)
+            bar.update(task, completed=done, total=total)
+            if not note.is_terminal:
+                note.print(f"{text}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
 
         yield update

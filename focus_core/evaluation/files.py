@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 
 from focus_core.errors import DocumentNotFoundError, EmptyCorpusError, NotTextError
-from focus_core.model.hub import cache_folder
+from focus_core.model.sources import cache_folder
 
 _TEXT_FIELDS = ("text", "content", "context")
 

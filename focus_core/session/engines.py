@@ -54,7 +54,7 @@ def shared_engine(
     """Return the process's engine for these settings; weights are loaded the first time, once.
 
     Args:
-        base: hub name, folder or GGUF file; the installed default if not given.
+        base: a named base, hub name, folder or GGUF file; the installed default if not given.
         adapter: folder or hub name; the shipped one if not given.
         chunk_size: most tokens of a chunk; engines that differ in it alone share weights.
         device: ``cpu`` or ``cuda``; chosen if not given.

@@ -64,7 +64,7 @@ class FocusCorpus(BaseModel):
     model: str | None = Field(
         default_factory=lambda: os.environ.get("FOCUSLLM_MODEL"), validation_alias=AliasChoices("model", "model_name")
     )
-    """Base model: hub name, folder or GGUF file; the installed default if not given."""
+    """Base model: a name of `focusllm bases`, hub name, folder or GGUF file; the installed default if not given."""
     adapter: str | None = Field(default_factory=lambda: os.environ.get("FOCUSLLM_ADAPTER"))
     """Adapter folder or hub name; the shipped one if not given."""
     documents: Any = None

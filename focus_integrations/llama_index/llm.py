@@ -74,7 +74,7 @@ class FocusLLM(FunctionCallingLLM):
     """
 
     model: str | None = Field(
-        default=None, description="Base: hub name, folder or GGUF file; installed default if None."
+        default=None, description="Base: a name of `focusllm bases`, hub name, folder or GGUF; the default if None."
     )
     adapter: str | None = Field(default=None, description="Adapter folder or hub name; the shipped one if None.")
     documents: Any = Field(
