@@ -24,8 +24,8 @@ class Usage:
         memory: of all chunks read.
         generated: of the answer, its end token included.
         chunks: k.
-        reread: of the chunks read whole besides (``DecodeConfig.reread``).
-        kept: chunks that the answer was read from (``DecodeConfig.chunk_top_p``).
+        reread: of the chunks read whole (``DecodeConfig.reread``).
+        kept: chunks that the answer was read from, whole or by their candidates (``DecodeConfig.chunk_top_p``).
     """
 
     local: int
@@ -127,7 +127,7 @@ class AnswerStream:
             generated=len(generation.generated),
             chunks=len(state.chunks),
             reread=generation.reading.reread_tokens,
-            kept=generation.reading.candidates,
+            kept=generation.reading.candidates + len(generation.reading.whole),
         )
         return Answer(
             text="".join(token.text for token in self._tokens).strip(),

@@ -15,6 +15,7 @@ from focus_core.errors import ConfigError
 Positions = Literal["ordered", "shared"]
 LocalMode = Literal["exact", "incremental"]
 CandidateBias = Literal["none", "log_k"]
+RereadWay = Literal["run", "moved"]
 
 
 def _bounded(name: str, value: float, low: float, high: float | None = None) -> None:
@@ -113,11 +114,15 @@ class DecodeConfig(_Json):
         seed: makes sampling reproducible for this request alone.
         logprobs: how many alternatives to report per token; 0 reports none.
         chunks_per_batch: chunks run together in a step; ``None`` chooses from free memory.
-        reread: how many chunks, those with most attention, are also read whole in front of the local context; 0 is
-            the paper's method, in which the local rows see candidates alone.
-        chunk_top_p: the answer is read from the chunks alone that together received this share of the attention at
-            the end of the prompt, as with ``top_p``; 1.0 goes on with all of them (the paper's method), ``None`` takes
-            the adapter's.
+        reread: how many chunks, those with most attention, are read whole in front of the local context, with the
+            candidates of all others; chosen again when attention moves. 0 is the paper's method, in which the local
+            rows see candidates alone; ``None`` takes the adapter's.
+        reread_tokens: most tokens of these chunks together.
+        reread_way: ``run`` passes their tokens through the model in front of the question; ``moved`` takes their
+            chunk KV as it is, keys turned to the new places.
+        chunk_top_p: share of the attention at the end of the prompt, as with ``top_p``. With ``reread``, chunks are
+            read whole until they hold it; without, the answer is read from the candidates of these chunks alone.
+            1.0 sets no bound (the paper's method), ``None`` takes the adapter's.
     """
 
     max_tokens: int = 128
@@ -130,12 +135,17 @@ class DecodeConfig(_Json):
     seed: int | None = None
     logprobs: int = 0
     chunks_per_batch: int | None = None
-    reread: int = 0
+    reread: int | None = None
+    reread_tokens: int = 2048
+    reread_way: RereadWay = "run"
     chunk_top_p: float | None = None
 
     def __post_init__(self) -> None:
         _bounded("max_tokens", self.max_tokens, 1)
-        _bounded("reread", self.reread, 0)
+        if self.reread is not None:
+            _bounded("reread", self.reread, 0)
+        _bounded("reread_tokens", self.reread_tokens, 1)
+        _one_of("reread_way", self.reread_way, RereadWay)
         if self.chunk_top_p is not None:
             _bounded("chunk_top_p", self.chunk_top_p, 0.0, 1.0)
         _bounded("temperature", self.temperature, 0.0)

@@ -269,6 +269,8 @@ class FocusEngine:
         decode = _decode(decode, options)
         if decode.chunk_top_p is None:
             decode = replace(decode, chunk_top_p=self.info.chunk_top_p)
+        if decode.reread is None:
+            decode = replace(decode, reread=self.info.reread)
         if memory is not None and (memory.encoder.base is not self.base or memory.encoder.sink != self.sink):
             raise ConfigError("this memory belongs to another engine; save it and load it with this one's load_memory")
         state = memory.state if memory is not None else MemoryState({}, (), ())

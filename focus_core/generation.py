@@ -27,6 +27,7 @@ from transformers import (
 from focus_core.config import DecodeConfig
 from focus_core.errors import CancelledError
 from focus_core.method.attribution import AttentionRecord, leading_chunks
+from focus_core.method.looking import Looking
 from focus_core.method.reading import Reading
 from focus_core.model.constraints import Constraint
 from focus_core.text.tokenization import TextTokenizer
@@ -90,13 +91,13 @@ class Generation:
         try:
             logits = self.reading.begin(local, self.opening)
             mass = self.reading.mass
-            if self.decode.chunk_top_p is not None and self.decode.chunk_top_p < 1 and mass:
+            looking = self._looking() if self.decode.reread and mass else None
+            if looking is not None:
+                logits = self._read_whole(looking.choose(self.record.scores_of(mass)), logits)
+            elif mass and self.decode.chunk_top_p is not None and self.decode.chunk_top_p < 1:
                 kept = leading_chunks(self.record.scores_of(mass), self.decode.chunk_top_p)
                 if len(kept) < self.reading.chunks:
                     logits = self.reading.narrow(kept)
-            if self.decode.reread and mass:
-                closer = self.reading.reread(self._best_chunks(mass), self.tokenizer.encode("\n\n"))
-                logits = logits if closer is None else closer
             while True:
                 token, logprob, top = self._draw(sampler, logits)
                 if mass:
@@ -115,13 +116,22 @@ class Generation:
                 yield Token(token, piece, logprob, top)
                 logits = self.reading.step(token)
                 mass = self.reading.mass
+                if looking is not None:
+                    changed = looking.change(self.record.scores_of(mass), self.reading.whole)
+                    logits = logits if changed is None else self._read_whole(changed, logits)
         except CancelledError:
             self.finish_reason = "cancelled"
 
-    def _best_chunks(self, mass: Sequence[Tensor]) -> list[int]:
-        """Return the chunks to read in full, most attention first."""
-        best: list[int] = self.record.scores_of(mass).argsort(descending=True)[: self.decode.reread].tolist()
-        return best
+    def _looking(self) -> Looking:
+        share = 1.0 if self.decode.chunk_top_p is None else self.decode.chunk_top_p
+        lengths = [len(chunk.ids) for chunk in self.reading.state.chunks]
+        return Looking(self.decode.reread or 0, self.decode.reread_tokens, share, lengths)
+
+    def _read_whole(self, chunks: Sequence[int], logits: Tensor) -> Tensor:
+        """Return the logits behind these chunks, or ``logits`` where not one of them fits."""
+        moved, joint = self.decode.reread_way == "moved", self.tokenizer.encode("\n\n")
+        closer = self.reading.read_whole(chunks, joint, moved=moved)
+        return logits if closer is None else closer
 
     def _draw(self, sampler: _Sampler, logits: Tensor) -> tuple[int, float, tuple[tuple[int, float], ...]]:
         """Draw a token that the constraint takes."""

@@ -50,6 +50,61 @@ class Oracle:
             out.append(result.logits[0, -1])
         return torch.stack(out)
 
+    def moved_logits(
+        self, chunks: list[list[int]], others: list[list[int]], whole: list[list[int]], local: list[int]
+    ) -> Tensor:
+        """Return the logits after ``local`` behind the KV of ``whole`` chunks, computed alone and turned, once.
+
+        The sink is the one of the pass in which all ``chunks`` stood behind their candidates. The last layer has no KV
+        of the whole chunks. Layers are run one by one, so that its mask and cache may differ.
+        """
+        first = self._behind([self._candidate(chunk, local, 0, 0) for chunk in chunks], [self.sink, *local])
+        before = [self._candidate(chunk, local, 0, 0) for chunk in others]
+        start, last, fronts = int(bool(others)), self.model.config.num_hidden_layers - 1, []
+        for layer in range(last + 1):
+            sink_key = self._moved(first[layer][0][:, :, len(chunks) : len(chunks) + 1], start - 1)
+            keys, values = [sink_key], [first[layer][1][:, :, len(chunks) : len(chunks) + 1]]
+            at = start + 1
+            for chunk in whole if layer < last else []:
+                cache = DynamicCache()
+                self.model(torch.tensor([[self.sink, *chunk]]), past_key_values=cache, use_cache=True)
+                keys.append(self._moved(cache.layers[layer].keys[:, :, 1:], at - 1))
+                values.append(cache.layers[layer].values[:, :, 1:])
+                at += len(chunk)
+            fronts.append((torch.cat(keys, 2), torch.cat(values, 2)))
+        place = start + 1 + sum(map(len, whole))
+        seen = self._states(before, [*fronts[:-1], fronts[-2]], local, place)[last]  # what enters the last layer
+        body = self.model.get_decoder()
+        hook = body.layers[last].register_forward_pre_hook(
+            lambda module, arguments, keywords: ((seen, *arguments[1:]), keywords), with_kwargs=True
+        )
+        try:  # every cache as short as the last layer's, whose mask is then right; the layers before do not count
+            return self._states(before, [fronts[-1]] * (last + 1), local, place)[-1][0, -1]
+        finally:
+            hook.remove()
+
+    def _states(self, before, fronts, local: list[int], place: int) -> list[Tensor]:
+        """What enters each layer, then the logits, of a pass behind candidates and what stands in front."""
+        cache = DynamicCache()
+        for layer, front in enumerate(fronts):
+            keys = torch.cat([*(item[layer][0] for item in before), front[0]], 2)
+            cache.update(keys, torch.cat([*(item[layer][1] for item in before), front[1]], 2), layer)
+        at = torch.arange(place, place + len(local))[None]
+        result = self.model(
+            torch.tensor([local]), position_ids=at, past_key_values=cache, use_cache=True, output_hidden_states=True
+        )
+        return [*result.hidden_states[: len(fronts)], result.logits]
+
+    def _behind(self, candidates: list[list[tuple[Tensor, Tensor]]], row: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of all layers, those of the candidates in front, after a pass of ``row`` behind them."""
+        cache = DynamicCache()
+        for layer in range(self.model.config.num_hidden_layers):
+            parts = [candidate[layer] for candidate in candidates]
+            cache.update(torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2), layer)
+        at = torch.arange(1, 1 + len(row))[None]
+        self.model(torch.tensor([row]), position_ids=at, past_key_values=cache, use_cache=True)
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
     def _candidate(self, chunk: list[int], seen: list[int], index: int, count: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the candidate token of one chunk, moved in front of the local context."""
         row = ([] if self.sink is None else [self.sink]) + chunk + seen[:-1]

@@ -23,6 +23,8 @@ from focus_core.cli._shared import (
     OtherBase,
     Paths,
     Reread,
+    RereadTokens,
+    RereadWay,
     Seed,
     Temperature,
     app,
@@ -52,7 +54,9 @@ def ask(
         int | None, typer.Option(help="Chunks run together. [default: from free memory]")
     ] = None,
     chunk_top_p: ChunkTopP = None,
-    reread: Reread = 0,
+    reread: Reread = None,
+    reread_tokens: RereadTokens = 2048,
+    reread_way: RereadWay = "run",
     sources: Annotated[int, typer.Option(help="How many sources to show.")] = 5,
     heatmap: Annotated[Path | None, typer.Option(help="Draw the attention on every chunk to this image.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -72,6 +76,8 @@ def ask(
         chunks_per_batch=chunks_per_batch,
         chunk_top_p=chunk_top_p,
         reread=reread,
+        reread_tokens=reread_tokens,
+        reread_way=reread_way,
     )
     started = time.monotonic()
     with stream:
@@ -106,7 +112,8 @@ def ask(
     _print_sources(answer, sources)
     note.print(
         f"{answer.usage.chunks} chunks, {answer.usage.memory:,} tokens read"
-        + (f", answered from {answer.usage.kept} of them; " if answer.usage.kept < answer.usage.chunks else "; ")
+        + (f", answered from {answer.usage.kept} of them" if answer.usage.kept < answer.usage.chunks else "")
+        + (f", {answer.usage.reread:,} tokens of them whole; " if answer.usage.reread else "; ")
         + f"{answer.usage.generated} tokens in {seconds:.1f} s",
         style="dim",
     )
@@ -124,7 +131,9 @@ def chat(
     temperature: Temperature = 0.0,
     seed: Seed = None,
     chunk_top_p: ChunkTopP = None,
-    reread: Reread = 0,
+    reread: Reread = None,
+    reread_tokens: RereadTokens = 2048,
+    reread_way: RereadWay = "run",
 ) -> None:
     """Talk about files and folders; an empty line or Ctrl-D ends it, Ctrl-C stops an answer.
 
@@ -144,8 +153,9 @@ def chat(
         if not question:
             return
         turns.append(Message("user", engine.info.question_template.replace("{question}", question)))
-        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "reread": reread}
-        with engine.chat(turns, held, chunk_top_p=chunk_top_p, **options) as stream:
+        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "chunk_top_p": chunk_top_p}
+        reading = {"reread": reread, "reread_tokens": reread_tokens, "reread_way": reread_way}
+        with engine.chat(turns, held, **options, **reading) as stream:
             try:
                 for piece in stream:
                     print(piece, end="", flush=True)

@@ -47,7 +47,14 @@ ChunkTopP = Annotated[
     float | None,
     typer.Option(help="Answer from the chunks with this share of the attention; 1 for all. [default: the adapter's]"),
 ]
-Reread = Annotated[int, typer.Option(help="Also read this many chunks whole, those with most attention.")]
+Reread = Annotated[
+    int | None,
+    typer.Option(help="Read this many chunks whole, those with most attention; 0 for none. [default: the adapter's]"),
+]
+RereadTokens = Annotated[int, typer.Option(help="Most tokens of the chunks that are read whole.")]
+RereadWay = Annotated[
+    str, typer.Option(help="run: their tokens in front of the question. moved: their chunk KV as it is.")
+]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling reproducible.")]
 
 

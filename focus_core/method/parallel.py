@@ -140,6 +140,20 @@ class ChunkRows:
     _chunk_bias: Tensor | None = None
     _copies: Tensor | None = None
 
+    def beside(self, numbers: Mapping[int, int]) -> ChunkRows:
+        """Return rows of which the local rows see some chunks' candidates alone; the suffixes of all go on growing.
+
+        Args:
+            numbers: of the chunks to see, ``indices`` to what they shall be.
+        """
+        kept = self._named(numbers)
+        indices, rows, none = [number for number, _ in kept], [row for _, row in kept], torch.empty(0, dtype=torch.long)
+        return ChunkRows(self.chunks, self.suffix, indices, len(numbers), none, none, none, rows=rows)
+
+    def _named(self, numbers: Mapping[int, int]) -> list[tuple[int, int]]:
+        rows = range(self.chunks.size) if self.rows is None else self.rows
+        return [(numbers[index], row) for index, row in zip(self.indices, rows, strict=True) if index in numbers]
+
     def only(self, numbers: Mapping[int, int]) -> ChunkRows | None:
         """Return the rows of some chunks alone, with what their suffixes hold; ``None`` if no such chunk is here.
 
@@ -148,8 +162,7 @@ class ChunkRows:
         Args:
             numbers: of the wanted chunks, ``indices`` to what they shall be.
         """
-        rows = range(self.chunks.size) if self.rows is None else self.rows
-        kept = [(numbers[index], row) for index, row in zip(self.indices, rows, strict=True) if index in numbers]
+        kept = self._named(numbers)
         if not kept:
             return None
         chunks, suffix, places = self.chunks, self.suffix, sorted({row for _, row in kept})
@@ -173,7 +186,7 @@ class ChunkRows:
         self._copies = None
         lengths = torch.tensor(self.chunks.lengths)
         if self.rows is not None and list(self.rows) != list(range(self.chunks.size)):
-            copies = torch.tensor(self.rows)
+            copies = torch.tensor(self.rows, dtype=torch.long)
             lengths, self._copies = lengths[copies], copies.to(device)
         if base.rotary:
             here = lengths[:, None] + self.visible[None, :]
@@ -304,8 +317,10 @@ class LocalRows:
         cache: local KV before these rows; ``None`` runs them alone (training).
         groups: the chunk rows whose candidates these rows see.
         shared_rows: rows that see candidate set 0; each row after them sees the next set.
-        record: keep the attention mass of the last row on every candidate.
+        record: keep the attention mass of the last row on every candidate, then on every one of ``spans``.
         scoring: of the candidates.
+        spans: (start, stop) columns of the local keys, those of chunks that are read whole.
+        absent: (start, stop) columns that the base's last layer does not have: chunk KV that was moved here.
     """
 
     ids: Tensor
@@ -316,6 +331,8 @@ class LocalRows:
     record: bool = False
     mass: list[Tensor] = field(default_factory=list)
     scoring: Scoring = PLAIN
+    spans: Sequence[tuple[int, int]] = ()
+    absent: tuple[int, int] | None = None
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
@@ -335,30 +352,60 @@ class LocalRows:
         """
         rows = query.shape[2]
         if self.cache is not None:
-            key, value = self.cache.write(layer, key, value)
+            key, value = (self._present(layer, tensor) for tensor in self.cache.write(layer, key, value))
         if key.shape[2] == rows:
             local = attend_causal(query, key, value, scale, softcap=softcap)
         else:
             bias = causal_bias(rows, key.shape[2], query.device) if rows > 1 else None
             local = attend(query, key, value, scale, softcap=softcap, bias=bias)
-        if not self.groups:
+        shown = [group for group in self.groups if len(group.indices)] if layer >= self.scoring.first_layer else []
+        if not shown:
+            self._record(layer, query, key, None, local, scale, softcap)
             return local.out.transpose(1, 2)
-        if layer < self.scoring.first_layer:
-            if self.record:
-                self.mass.append(query.new_zeros(query.shape[1], sum(len(group.indices) for group in self.groups)))
-            return local.out.transpose(1, 2)
-        candidate_key = torch.cat([group.keys for group in self.groups], dim=2)  # (T, kv_heads, k, head_dim)
-        candidate_value = torch.cat([group.values for group in self.groups], dim=2)
+        candidate_key = torch.cat([group.keys for group in shown], dim=2)  # (T, kv_heads, k, head_dim)
+        candidate_value = torch.cat([group.values for group in shown], dim=2)
         merged = merge([local, self._attend_candidates(query, candidate_key, candidate_value, scale, softcap)])
-        if self.record:
-            scores = scores_of(query[:, :, -1:], candidate_key[-1:], scale, softcap)[0, :, 0]
+        self._record(layer, query, key, candidate_key, merged, scale, softcap)
+        return merged.out.transpose(1, 2)
+
+    def _lacks(self, layer: int) -> bool:
+        return self.absent is not None and self.cache is not None and layer == self.cache.data.shape[0] - 1
+
+    def _present(self, layer: int, tensor: Tensor) -> Tensor:
+        """Leave out the columns that the last layer does not have."""
+        if self.absent is None or not self._lacks(layer):
+            return tensor
+        return torch.cat([tensor[:, :, : self.absent[0]], tensor[:, :, self.absent[1] :]], dim=2)
+
+    def _record(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        candidates: Tensor | None,
+        seen: Part,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        """Keep the mass of the last row: (heads, candidates + spans) of this layer."""
+        if not self.record:
+            return
+        last, lse = query[:, :, -1:], seen.lse[0, :, -1:]
+        if candidates is None:
+            mass = query.new_zeros(query.shape[1], sum(len(group.indices) for group in self.groups)).float()
+        else:
+            scores = scores_of(last, candidates[-1:], scale, softcap)[0, :, 0]
             if 0 < self.scoring.top < scores.shape[1]:
                 unseen = torch.ones_like(scores, dtype=torch.bool)
                 unseen.scatter_(1, scores.topk(self.scoring.top, dim=1).indices, False)
                 scores = scores.masked_fill(unseen, HIDDEN)
-            lowered = self.scoring.lowered(scores.shape[1])
-            self.mass.append(torch.exp(scores - lowered - merged.lse[0, :, -1:]))
-        return merged.out.transpose(1, 2)
+            mass = torch.exp(scores - self.scoring.lowered(scores.shape[1]) - lse)
+        if self.spans and self._lacks(layer):
+            mass = torch.cat([mass, mass.new_zeros(mass.shape[0], len(self.spans))], dim=1)
+        elif self.spans:
+            whole = torch.exp(scores_of(last, key, scale, softcap)[0, :, 0] - lse)
+            mass = torch.cat([mass, *(whole[:, start:stop].sum(1, keepdim=True) for start, stop in self.spans)], dim=1)
+        self.mass.append(mass)
 
     def _attend_candidates(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None

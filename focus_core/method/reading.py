@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from focus_core.config import FocusConfig
-from focus_core.errors import ContextTooLongError, OutOfMemoryError
+from focus_core.errors import ConfigError, ContextTooLongError, OutOfMemoryError
 from focus_core.hardware import free_bytes, is_out_of_memory
-from focus_core.method.kv import Suffix
+from focus_core.method.kv import Suffix, move_keys, rotation
 from focus_core.method.parallel import (
     Check,
     ChunkRows,
@@ -85,7 +85,12 @@ class Reading:
         self.mass: list[Tensor] = []
         self.prompt_tokens = 0
         self.reread_tokens = 0
+        self.whole: list[int] = []
         self._kept: list[int] | None = None
+        self._spans: list[tuple[int, int]] = []
+        self._absent: tuple[int, int] | None = None
+        self._rows = 0
+        self._all: list[ChunkRows] = []
         self._groups: list[ChunkRows] = []
         self._cache: LocalCache | None = None
 
@@ -96,7 +101,8 @@ class Reading:
 
     @property
     def candidates(self) -> int:
-        """How many of them stand in front of the local rows: k, or fewer after :meth:`narrow`."""
+        """How many of them stand in front of the local rows by their candidates: k, or fewer after :meth:`narrow` and
+        :meth:`read_whole`."""
         return self.chunks if self._kept is None else len(self._kept)
 
     def begin(self, ids: Sequence[int], opening: int = 0) -> Tensor:
@@ -130,12 +136,13 @@ class Reading:
                         f"reading {self.chunks} chunks does not fit in memory, even one at a time ({error}); use a "
                         "shorter question, a smaller chunk size or fewer documents"
                     ) from error
-                self._groups, self._cache = [], None  # free before the next try makes new ones
+                self._all, self._groups, self._cache = [], [], None  # free before the next try makes new ones
                 size = max(1, min(size, self.chunks) // 2)
 
     def _begin(self, ids: Sequence[int], head: list[int], opening: int, size: int) -> Tensor:
         self.ids, self.local = list(ids), list(ids)
-        self._groups = self._make_groups(size)
+        self._rows = len(ids) + self.max_tokens
+        self._all = self._groups = self._make_groups(size)
         calls = [[group] for group in self._groups]
         injected = ids[len(ids) - 1 - self.prompt_tokens : -1]
         if self._opens_alike(len(ids), opening):
@@ -169,33 +176,100 @@ class Reading:
         self._cache = None
         return self._go_on(torch.empty(0, dtype=torch.long), self._local_row())
 
-    def reread(self, chunks: Sequence[int], separator: Sequence[int] = ()) -> Tensor | None:
-        """Put whole chunks in front of the local context and read it again, with the same candidates.
+    def read_whole(self, chunks: Sequence[int], separator: Sequence[int] = (), *, moved: bool = False) -> Tensor | None:
+        """Put whole chunks in front of the local context and read it again; all others stay behind their candidates.
 
-        The local rows then attend to these chunks token by token and to all k candidates as before. Call it after
-        :meth:`begin` and before any :meth:`step`; the chunks keep the dynamic prompt they have.
+        The local rows then attend to these chunks token by token, and to the candidates of the others alone. Call it
+        after :meth:`begin` and before any :meth:`narrow`, again to change the choice; :attr:`mass` then holds for
+        these chunks what all of their tokens receive. With every chunk whole no candidate is left: the base reads them
+        in its window.
 
         Args:
             chunks: numbers of chunks, best first; those that the window has no room for are left out.
-            separator: token ids put behind each.
+            separator: token ids put behind each (not with ``moved``).
+            moved: take the chunk KV that is there, its keys turned to their new places, instead of running the tokens
+                in front of the question. Nothing is computed again but the question's rows; the chunks have not seen
+                one another, and the last layer, whose chunk KV is not kept, does not see them.
 
         Returns:
             (vocabulary,) float32 logits of the next token, or ``None`` if not one of them fits.
+
+        Raises:
+            ConfigError: keys cannot be moved in this base, or the local context is read anew at every step.
         """
-        positions = self.base.window - local_start(self.candidates, self.focus.positions)
-        room = min(self.focus.window, positions) - 1 - len(self.ids) - self.max_tokens
+        if moved and (not self.base.rotary or self.focus.local_mode != "incremental"):
+            raise ConfigError(
+                "chunk KV can be moved in bases with rotary positions and local_mode='incremental' alone; use "
+                "reread_way='run'"
+            )
+        separator = () if moved else separator
+        kept = self._fitting(chunks, len(separator))
+        if not kept:
+            return None
+        self.whole = sorted(kept)
+        before = self.candidates
+        self._kept = [index for index in range(self.chunks) if index not in kept]
+        numbers = {index: number for number, index in enumerate(self._kept)}
+        self._groups = [group.beside(numbers) for group in self._all] if numbers else []
+        if moved:
+            return self._behind_moved(before)
+        self._cache = None
+        starts, passages, head = [], list[int](), len(sink_before(self.state.chunks[self.whole[0]].ids, self.sink))
+        for index in self.whole:
+            starts.append(head + len(passages))
+            passages += [*self.state.chunks[index].ids, *separator]
+        sizes = [len(self.state.chunks[index].ids) for index in self.whole]
+        self._spans = [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        self.reread_tokens = len(passages)
+        self.local = [*passages, *self.ids]
+        return self._go_on(torch.empty(0, dtype=torch.long), self._local_row())
+
+    def _fitting(self, chunks: Sequence[int], separator: int) -> list[int]:
+        """Return the first of ``chunks`` that the window holds beside the question and its answer."""
+        positions = self.base.window - local_start(self.chunks, self.focus.positions)
+        room = min(self.focus.window, positions) - 1 - self._rows
         kept = []
         for index in chunks:
-            room -= len(self.state.chunks[index].ids) + len(separator)
+            room -= len(self.state.chunks[index].ids) + separator
             if room < 0:
                 break
             kept.append(index)
-        if not kept:
-            return None
-        passages = [token for index in sorted(kept) for token in (*self.state.chunks[index].ids, *separator)]
-        self.reread_tokens = len(passages)
-        self.local, self._cache = [*passages, *self.ids], None
-        return self._go_on(torch.empty(0, dtype=torch.long), self._local_row())
+        return kept
+
+    def _behind_moved(self, before: int) -> Tensor:
+        """Read the local context behind its sink and the moved KV of the whole chunks.
+
+        Args:
+            before: candidates that stood in front of the sink so far.
+        """
+        old, start = self._cache, local_start(self.candidates, self.focus.positions)
+        assert old is not None
+        head = 1 if self.sink is not None else 0
+        held = {id(chunk): tensor for slab in self.state.slabs for chunk, tensor in slab.tensors()}
+        parts, at, self._spans = [], head, []
+        for index in self.whole:
+            chunk = self.state.chunks[index]
+            size, tensor = len(chunk.ids), held[id(chunk)]
+            own = tensor.shape[3] - size  # its own sink
+            parts.append(self._turned(tensor[:, :, :, own:], start + at - own))
+            self._spans.append((at, at + size))
+            at += size
+        self.local, self._absent, self.reread_tokens = list(self.ids), (head, at), at - head
+        row = self._local_row()
+        self._cache = LocalCache(self.base, at + len(row) + self.max_tokens)
+        data = self._cache.data[:, :, 0]  # (layers, 2, kv_heads, capacity, head_dim)
+        moved = start - local_start(before, self.focus.positions)
+        data[..., :head, :] = self._turned(old.data[:, :, 0, :, :head], moved)
+        data[:-1, ..., head:at, :] = torch.cat(parts, dim=3)
+        data[-1, ..., head:at, :] = 0
+        self._cache.used = at
+        return self._go_on(torch.empty(0, dtype=torch.long), row[head:])
+
+    def _turned(self, kv: Tensor, by: int) -> Tensor:
+        """Move the keys of (layers, 2, kv_heads, rows, head_dim) by so many positions."""
+        delta = torch.full((kv.shape[3],), by, device=kv.device)
+        keys = move_keys(kv[:, 0], rotation(self.base.inverse_frequencies.to(kv.device), delta))
+        return torch.stack([keys, kv[:, 1]], dim=1)
 
     def _opens_alike(self, tokens: int, opening: int) -> bool:
         """Whether an opening runs, and is kept, apart from the rest: a rule that knows nothing of earlier questions.
@@ -270,23 +344,26 @@ class Reading:
             self._cache,
             groups,
             shared_rows=len(local_ids),
-            record=bool(groups),
+            record=bool(groups or self._spans),
             scoring=Scoring.of(self.focus),
+            spans=self._spans,
+            absent=self._absent,
         )
         small = len(ordinary) <= 1 and self.chunks_per_batch is None
         hidden = self.passes.run(Pass(calls, local, self.focus.positions, self.check, small))
         with torch.no_grad():
             order = torch.tensor([index for group in groups for index in group.indices], dtype=torch.long).argsort()
-            self.mass = [self._in_memory(mass[:, order.to(mass.device)]) for mass in local.mass]
+            self.mass = [self._in_memory(mass, order.to(mass.device)) for mass in local.mass]
             return self.base.logits(hidden[:, -1:])[0, 0].float()
 
-    def _in_memory(self, mass: Tensor) -> Tensor:
-        """(heads, candidates) -> (heads, k)."""
+    def _in_memory(self, mass: Tensor, order: Tensor) -> Tensor:
+        """(heads, candidates + chunks read whole) -> (heads, k)."""
         if self._kept is None:
-            return mass
-        whole = mass.new_zeros(mass.shape[0], self.chunks)
-        whole[:, self._kept] = mass
-        return whole
+            return mass[:, order]
+        found = mass.new_zeros(mass.shape[0], self.chunks)
+        found[:, self._kept] = mass[:, order]
+        found[:, self.whole] += mass[:, len(order) :]
+        return found
 
     def _make_groups(self, size: int) -> list[ChunkRows]:
         place = {id(chunk): index for index, chunk in enumerate(self.state.chunks)}

@@ -58,6 +58,7 @@ class AdapterInfo:
         attribution_heads: (layer, head) pairs whose attention names the sources; empty means all.
         chunk_top_p: share of attention whose chunks an answer is read from, where a request does not say.
         not_there: what it says where memory does not hold the answer; empty if it was never trained to.
+        reread: chunks that are read whole, where a request does not say.
     """
 
     base: str
@@ -69,6 +70,7 @@ class AdapterInfo:
     attribution_heads: tuple[tuple[int, int], ...] = ()
     chunk_top_p: float = 1.0
     not_there: str = ""
+    reread: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -83,6 +85,7 @@ class AdapterInfo:
             "attribution_heads": [list(pair) for pair in self.attribution_heads],
             "chunk_top_p": self.chunk_top_p,
             "not_there": self.not_there,
+            "reread": self.reread,
         }
 
 

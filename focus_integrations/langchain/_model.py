@@ -40,6 +40,8 @@ _SAMPLING = (
     "seed",
     "logprobs",
     "reread",
+    "reread_tokens",
+    "reread_way",
     "chunk_top_p",
     "chunks_per_batch",
 )
@@ -146,8 +148,12 @@ class FocusModel(FocusCorpus):
     """Alternatives to report per token; 0 reports no log-probabilities."""
     chunk_top_p: float | None = None
     """Answers are read from the chunks that got this share of the attention; 1 for all, the adapter's if not given."""
-    reread: int = 0
-    """Chunks with most attention that are read again, whole."""
+    reread: int | None = None
+    """Chunks with most attention that are read whole; 0 for none, the adapter's if not given."""
+    reread_tokens: int = 2048
+    """Most tokens of the chunks that are read whole."""
+    reread_way: Literal["run", "moved"] = "run"
+    """How they are read: run in front of the question, or their chunk KV moved there."""
     chunks_per_batch: int | None = None
     """Chunks run together in a step; chosen from free memory if not given."""
     timeout: float | None = None

@@ -11,7 +11,7 @@ import pickle
 import threading
 import uuid
 from collections.abc import AsyncGenerator, Generator, Sequence
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -94,7 +94,11 @@ class FocusLLM(FunctionCallingLLM):
     chunk_top_p: float | None = Field(
         default=None, description="Share of attention whose chunks an answer is read from; 1: all, None: the adapter's."
     )
-    reread: int = Field(default=0, description="Chunks with most attention that are read again, whole.")
+    reread: int | None = Field(
+        default=None, description="Chunks with most attention that are read whole; 0: none, None: the adapter's."
+    )
+    reread_tokens: int = Field(default=2048, description="Most tokens of the chunks that are read whole.")
+    reread_way: Literal["run", "moved"] = Field(default="run", description="How they are read, see DecodeConfig.")
     chunks_per_batch: int | None = Field(
         default=None, description="Chunks run together in a step; chosen from free memory if None."
     )

@@ -23,6 +23,7 @@ from focus_core.errors import (
 )
 from focus_core.generation import _TextStream
 from focus_core.method.attribution import AttentionRecord, leading_chunks, save_heatmap
+from focus_core.method.looking import Looking
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import FAMILIES, BaseDecoder
 from focus_core.model.hub import (
@@ -140,12 +141,64 @@ def test_rereading_takes_the_chunk_with_most_attention(make_engine):
     separator = engine.tokenizer.encode("\n\n")
     reading = engine.reading(memory.state, max_tokens=1)
     reading.begin(engine.local_ids("who ate the hat?"))
-    logits = reading.reread([best], separator)
+    logits = reading.read_whole([best], separator)
     assert closer.tokens[0].id == int(logits.argmax())
     assert closer.tokens[0].logprob == pytest.approx(float(logits.log_softmax(-1).max()))
     assert closer.tokens[0].logprob != plain.tokens[0].logprob
     assert closer.usage.reread == len(memory.chunks[best].ids) + len(separator)
     assert closer.passages == plain.passages  # what was attended to before rereading
+    assert (closer.usage.kept, plain.usage.kept) == (3, 3)
+
+
+def test_what_is_read_whole_is_bounded(make_engine):
+    """Nothing within the budget == the paper's method; a share of attention, a number, and the adapter bound it too."""
+    engine = make_engine("llama", heads=((1, 2),), scale=0.5)
+    texts = ["the cat sat on the mat. " * 3, "a dog ate the hat? " * 2, "hat mat cat dog", "mat. " * 5, "dog? yes!"]
+    memory = engine.remember(texts)
+    sizes = [len(chunk.ids) for chunk in memory.chunks]
+    joint = len(engine.tokenizer.encode("\n\n"))
+
+    def ask(**options):
+        return engine.answer("who ate the hat?", memory, max_tokens=3, **options)
+
+    plain = ask(reread=0)
+    none = ask(reread=2, reread_tokens=1)
+    assert [token.logprob for token in none.tokens] == [token.logprob for token in plain.tokens]
+    assert none.usage.reread == 0
+    order = plain.attention[0].argsort(descending=True).tolist()
+    assert ask(reread=2).usage.reread >= sum(sizes[index] + joint for index in order[:2]) - 8
+    assert ask(reread=5, chunk_top_p=0.0).usage.reread == sizes[order[0]] + joint
+    engine.info = replace(engine.info, reread=1)
+    assert ask().usage.reread == ask(reread=1).usage.reread > 0
+    assert ask(reread=0).usage.reread == 0
+    with pytest.raises(ConfigError, match="reread_way must be one of run, moved; got 'sideways'"):
+        ask(reread=1, reread_way="sideways")
+
+
+def test_the_choice_follows_attention_that_moves(make_engine, monkeypatch):
+    """Another chunk ahead for two steps is read in the last one's place, within the budget and four times at most."""
+    looking = Looking(2, 10, 1.0, (4, 5, 6, 3))
+    scores = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    assert looking.choose(scores) == [1, 3]
+    ahead = torch.tensor([0.1, 0.4, 0.3, 0.2])
+    assert looking.change(ahead, [1, 3]) is None
+    assert looking.change(scores, [1, 3]) is None  # one step behind again: counted anew
+    assert looking.change(ahead, [1, 3]) is None
+    assert looking.change(ahead, [1, 3]) is None  # 5 + 6 tokens are over the budget
+    roomy = Looking(2, 12, 1.0, (4, 5, 6, 3))
+    assert [roomy.change(ahead, [1, 3]) for _ in range(2)] == [None, [1, 2]]
+    roomy.changes = 4
+    assert [roomy.change(ahead, [1, 3]) for _ in range(3)] == [None] * 3
+
+    engine = make_engine("llama", heads=((1, 2),), scale=0.5)
+    memory = engine.remember(["the cat sat on the mat. " * 3, "a dog ate the hat? " * 2, "hat mat cat dog"])
+    monkeypatch.setattr(Looking, "change", lambda self, scores, whole: [(whole[0] + 1) % 3] if len(whole) else None)
+    answer = engine.answer("who ate the hat?", memory, max_tokens=4, reread=1)
+    monkeypatch.undo()
+    still = engine.answer("who ate the hat?", memory, max_tokens=4, reread=1)
+    assert answer.tokens[0].logprob == still.tokens[0].logprob
+    assert answer.tokens[1].logprob != still.tokens[1].logprob
+    assert len(answer.tokens) == 4
 
 
 def test_answers_come_from_the_chunks_with_the_wanted_share_of_attention(make_engine):
