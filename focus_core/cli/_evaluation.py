@@ -114,6 +114,7 @@ def _run_task(name: str, plans: list[Plan], methods: list[Method], output: Path)
                     settings=plan.options.facts(),
                     tokens=plan.options.tokens if TASKS[name].varies_for(plan.options) == "lengths" else None,
                     cache=cache,
+                    limits=TASKS[name].limits,
                 )
             rows.append(row)
     _show(output, name, HEADER, [row_cells(row) for row in rows], plans)

@@ -7,7 +7,7 @@ How answers are made is the method's business, how they are kept that of :mod:`f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class Row:
         suite_score: mean of the suite's own score, 0 to 1, where trials have one.
         tokens: memory tokens that were asked for, where the task varies them.
         settings: what made the trials.
+        cut: right answers, exact matches and mean F1 where answers are cut at fewer tokens, by that limit.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Row:
     suite_score: float | None = None
     tokens: int | None = None
     settings: Record = field(default_factory=dict)
+    cut: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -80,6 +82,7 @@ def run(
     settings: Record | None = None,
     tokens: int | None = None,
     cache: ChunkCache | None = None,
+    limits: Sequence[int] = (),
 ) -> Row:
     """Answer every trial with ``method``, write ``{name}.{method}.jsonl`` and ``.json`` under ``output``.
 
@@ -94,6 +97,7 @@ def run(
         settings: what made the trials, for the metrics file and to tell runs apart.
         tokens: memory tokens of each trial, for plots.
         cache: of chunk KV; share it between methods on the same trials.
+        limits: fewer tokens at which answers are scored too, as if they had been cut there.
 
     Raises:
         ConfigError: the predictions file was made by another model, configuration or trial.
@@ -111,7 +115,7 @@ def run(
     file = RecordFile(output / f"{name}.{method.file_name}.jsonl", identity)
     records = []
     for record in file.extend(
-        trials, lambda trial: trial.fingerprint, lambda trial: _ask(engine, trial, method, max_tokens, cache)
+        trials, lambda trial: trial.fingerprint, lambda trial: _ask(engine, trial, method, max_tokens, cache, limits)
     ):
         records.append(record)
         report(record)
@@ -149,10 +153,23 @@ def summarise(name: str, method: str, records: list[Record]) -> Row:
         local=mean("local"),
         seconds=mean("seconds"),
         suite_score=sum(scores) / len(scores) if scores else None,
+        cut=_cut_means(answered),
     )
 
 
-def _ask(engine: FocusEngine, trial: Trial, method: Method, max_tokens: int, cache: ChunkCache) -> Record:
+def _cut_means(records: list[Record]) -> dict[int, dict[str, float]]:
+    limits = sorted({limit for record in records for limit in record.get("cut", {})}, key=int)
+    means: dict[int, dict[str, float]] = {}
+    for limit in limits:
+        scores = [record["cut"][limit] for record in records]
+        means[int(limit)] = {"right": sum(score["right"] for score in scores)}
+        means[int(limit)] |= {key: sum(score[key] for score in scores) / len(scores) for key in ("exact", "f1")}
+    return means
+
+
+def _ask(
+    engine: FocusEngine, trial: Trial, method: Method, max_tokens: int, cache: ChunkCache, limits: Sequence[int]
+) -> Record:
     started = time.monotonic()
     asked = {"label": trial.label, "answers": list(trial.answers)}
     try:
@@ -164,11 +181,20 @@ def _ask(engine: FocusEngine, trial: Trial, method: Method, max_tokens: int, cac
         "text": prediction.text,
         **score(prediction.text, trial.answers, trial.wanted),
         **({"suite_score": trial.measure(prediction.text, trial.answers)} if trial.measure else {}),
+        **({"cut": {str(limit): _cut(engine, trial, prediction, limit) for limit in limits}} if limits else {}),
+        "tokens": len(prediction.ids),
         "gold_rank": _gold_rank(trial, prediction),
         "chunks": prediction.chunks,
         "local": prediction.local,
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def _cut(engine: FocusEngine, trial: Trial, prediction: Prediction, limit: int) -> Record:
+    """Score an answer as if it had been cut at ``limit`` tokens; greedy decoding would have made the same ones."""
+    whole = len(prediction.ids) <= limit
+    text = prediction.text if whole else engine.tokenizer.decode(list(prediction.ids[:limit]))
+    return {"text": text, **score(text, trial.answers, trial.wanted)}
 
 
 def _gold_rank(trial: Trial, prediction: Prediction) -> int | None:

@@ -27,6 +27,8 @@ class Trial:
         wanted: ``any`` of the answers, contained in the text, is right; ``all`` of them have to be there.
         max_tokens: of the answer; ``None`` leaves it to the task.
         measure: how the suite that a trial is of scores an answer, besides what is counted as right.
+        prompt: the words in which the base is asked, see :mod:`~focus_core.evaluation.methods.prompts`; ``None`` for
+            those that suit it best.
     """
 
     documents: tuple[Document, ...]
@@ -38,6 +40,7 @@ class Trial:
     wanted: Wanted = "any"
     max_tokens: int | None = None
     measure: Measure | None = None
+    prompt: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -57,9 +60,11 @@ class Prediction:
         chunks: k, candidates in front of the local rows; 0 for methods without.
         local: tokens of the local context that the answer was read from.
         ranking: document ids, best first, where the method ranks them.
+        ids: token ids of the answer, so that it can be cut at a limit.
     """
 
     text: str
     chunks: int = 0
     local: int = 0
     ranking: tuple[str, ...] | None = None
+    ids: tuple[int, ...] = ()

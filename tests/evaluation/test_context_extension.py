@@ -80,7 +80,7 @@ def test_streaming_sees_sinks_and_the_latest_tokens(make_engine, block):
     kept = window - block - tokens - sinks
     seen = [*ids[:sinks], *ids[-last - kept :]]
     assert len(ids) > 3 * window
-    expected = greedy(engine, seen, tokens)
+    expected = engine.tokenizer.decode(greedy(engine, seen, tokens))
     assert answer(f"streaming:window={window}:block={block}", engine, trial, tokens) == expected
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,10 +12,14 @@ import torch
 
 from focus_core.errors import ConfigError
 from focus_core.evaluation import metrics
+from focus_core.evaluation.methods import baselines
 from focus_core.evaluation.methods.chunk_cache import ChunkCache
+from focus_core.evaluation.methods.prompts import BEST, LONG, PROMPTS, find_prompt
 from focus_core.evaluation.methods.registry import METHODS, parse_method, parse_methods
 from focus_core.evaluation.methods.retrieval import rank_bm25, rank_minilm
+from focus_core.evaluation.report.tables import HEADER, row_cells
 from focus_core.evaluation.runner import run, summarise
+from focus_core.evaluation.suite_metrics import Measure
 from focus_core.evaluation.tasks.passkey import passkey
 from focus_core.evaluation.trial import Trial
 from focus_core.store import memory as memory_module
@@ -242,7 +247,7 @@ def test_methods_carry_decoding_options(make_engine, tmp_path):
         ("focuslm", "unknown method 'focuslm'; choose from focusllm, closed-book"),
         ("focusllm:reread", "cannot read option 'reread'"),
         ("focusllm:raed=2", "method 'focusllm' has no option 'raed'; it has max_tokens"),
-        ("truncated:reread=2", "method 'truncated' has no option 'reread'; it has none"),
+        ("truncated:reread=2", "method 'truncated' has no option 'reread'; it has prompt"),
         ("bm25:k=2", "it has passages, tokens"),
         ("focusllm:temperature=-1", "temperature must be at least"),
         ("focusllm:template=plain", "template must be one of question, chat, raw; got 'plain'"),
@@ -315,7 +320,7 @@ def test_retrieval_reads_the_best_passages_with_the_best_last(make_engine, monke
 
     engine = make_engine(chunk_size=64, window=512)
     read = []
-    monkeypatch.setattr(baselines, "greedy", lambda engine, ids, *rest: read.append(engine.tokenizer.decode(ids)) or "")
+    monkeypatch.setattr(baselines, "greedy", lambda engine, ids, *rest: read.append(engine.tokenizer.decode(ids)) or [])
     documents = ["zebra lion", "moose", "zebra zebra tiger zebra", "lion bear"]
     trial = question_trial(documents, "zebra tiger", "doc-2")
     prediction = parse_method("bm25:passages=2").answer(engine, trial, 4, ChunkCache())
@@ -354,3 +359,40 @@ def test_wilson_bounds():
     low, high = metrics.wilson(7, 20)
     for bound in (low, high):
         assert abs(0.35 - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / 20))
+
+
+# -- prompts and limits -----------------------------------------------------------------------------------------
+
+
+def test_every_prompt_says_text_and_question_once(make_engine):
+    """Each prompt holds both, in any words, and none of the text's own braces is taken for a place."""
+    engine = make_engine()
+    trial = Trial((Document("d", "x"),), "who {text}?", ("x",), "d", False, "")
+    for name in ("own", *PROMPTS):
+        prompt = find_prompt(engine, name, trial)
+        said = engine.tokenizer.decode(prompt.ids(engine, "the {question} mat", "who {text}?"))
+        assert said.count("the {question} mat") == said.count("who {text}?") == 1, name
+        alone = engine.tokenizer.decode(prompt.ids(engine, "", "who {text}?"))
+        assert alone.count("who {text}?") == 1
+        assert "{question}" not in alone, name
+    assert find_prompt(engine, None, trial) is PROMPTS[BEST]
+    assert find_prompt(engine, None, replace(trial, measure=Measure("rouge-l"))) is PROMPTS[LONG]
+    with pytest.raises(ConfigError, match="unknown prompt 'polite'; choose own, plain, brief"):
+        find_prompt(engine, "polite", trial)
+
+
+def test_answers_are_scored_cut_and_whole(make_engine, tmp_path, monkeypatch):
+    """One decoding gives both rows: the first tokens alone, and all; a prompt's stop ends an answer early."""
+    engine = make_engine()
+    ids = engine.tokenizer.encode("the cat sat on the mat")
+    monkeypatch.setattr(baselines, "greedy", lambda *arguments: ids)
+    trial = Trial((Document("d", "x"),), "who?", ("mat",), "d", False, "")
+    row = run(engine, "q", [trial, trial], "gold", 99, tmp_path, limits=(3, len(ids)))
+    assert (row.right, row.exact) == (2, 0)
+    assert row.cut[3] == {"right": 0, "exact": 0, "f1": 0}
+    assert row.cut[len(ids)] == {"right": 2, "exact": row.exact, "f1": row.f1}
+    assert row_cells(row)[HEADER.index("cut at")] == "3 tokens"
+    lines = engine.tokenizer.encode("mat\nthe cat")
+    monkeypatch.setattr(baselines, "greedy", lambda *arguments: lines)
+    prompts = [run(engine, "s", [trial], f"gold:prompt={name}", 99, tmp_path).exact for name in ("card", "brief")]
+    assert prompts == [1, 0]

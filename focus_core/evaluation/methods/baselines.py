@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from focus_core.engine import FocusEngine
 from focus_core.errors import ContextTooLongError
 from focus_core.evaluation.methods.chunk_cache import ChunkCache
+from focus_core.evaluation.methods.prompts import find_prompt
 from focus_core.evaluation.methods.retrieval import rank_bm25, rank_minilm
 from focus_core.evaluation.trial import Prediction, Trial
 from focus_core.text.chunking import Chunk
@@ -25,14 +26,14 @@ _SPARE = 8  # tokens of joints between passages and question
 
 def closed_book(engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache) -> Prediction:
     """Ask the base without any document."""
-    return _read(engine, prompt_of(engine, trial, ""), max_tokens)
+    return _read(engine, trial, prompt_of(engine, trial, ""), max_tokens)
 
 
 def truncated(engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache) -> Prediction:
     """Ask the base with the last part of the text that fits the engine's window."""
     ids = engine.tokenizer.encode(whole_text(trial))
     text = engine.tokenizer.decode(ids[-_room(engine, trial, max_tokens) :])
-    return _read(engine, prompt_of(engine, trial, text), max_tokens)
+    return _read(engine, trial, prompt_of(engine, trial, text), max_tokens)
 
 
 def gold(engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache) -> Prediction:
@@ -40,7 +41,7 @@ def gold(engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache) 
     if trial.gold is None:
         raise ContextTooLongError(f"trial {trial.label!r} has no single gold document; leave the method gold out")
     text = next(document.text for document in trial.documents if document.id == trial.gold)
-    return _read(engine, prompt_of(engine, trial, text), max_tokens)
+    return _read(engine, trial, prompt_of(engine, trial, text), max_tokens)
 
 
 def bm25(
@@ -100,7 +101,7 @@ def retrieved(
         kept.insert(0, chunks[index])
     text = "\n\n".join(texts[chunk.document_id][chunk.start : chunk.end].strip() for chunk in kept)
     ranking = tuple(dict.fromkeys(chunks[index].document_id for index in order))
-    return _read(engine, prompt_of(engine, trial, text), max_tokens, ranking=ranking)
+    return _read(engine, trial, prompt_of(engine, trial, text), max_tokens, ranking=ranking)
 
 
 def parallel_windows(engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache) -> Prediction:
@@ -122,7 +123,7 @@ def parallel_windows(engine: FocusEngine, trial: Trial, max_tokens: int, cache: 
         keys = torch.cat([item.keys for item in layers], dim=2)
         values = torch.cat([item.values for item in layers], dim=2)
         joined.update(keys, values, layer)
-    return _read(engine, prompt_of(engine, trial, ""), max_tokens, joined, max(map(len, rows)))
+    return _read(engine, trial, prompt_of(engine, trial, ""), max_tokens, joined, max(map(len, rows)))
 
 
 BASELINES: dict[str, Any] = {
@@ -141,11 +142,10 @@ def whole_text(trial: Trial) -> str:
 
 
 def prompt_of(engine: FocusEngine, trial: Trial, text: str) -> list[int]:
-    """Return the base's prompt: ``text``, then the question in the words that the adapter's template gives it."""
+    """Return the base's prompt over ``text``, in the words of the trial's prompt."""
     if trial.raw:
         return engine.tokenizer.encode(f"{text}\n{trial.question}" if text else trial.question)
-    question = engine.info.question_template.replace("{question}", trial.question)
-    return engine.tokenizer.chat(f"{text}\n\n{question}" if text else question)
+    return find_prompt(engine, trial.prompt, trial).ids(engine, text, trial.question)
 
 
 def _room(engine: FocusEngine, trial: Trial, max_tokens: int) -> int:
@@ -154,31 +154,53 @@ def _room(engine: FocusEngine, trial: Trial, max_tokens: int) -> int:
 
 def _read(
     engine: FocusEngine,
+    trial: Trial,
     ids: Sequence[int],
     max_tokens: int,
     cache: DynamicCache | None = None,
     position: int = 0,
     ranking: tuple[str, ...] | None = None,
 ) -> Prediction:
-    return Prediction(greedy(engine, ids, max_tokens, cache, position), 0, len(ids), ranking)
+    made = greedy(engine, ids, max_tokens, cache, position, stop_of(engine, trial))
+    return predicted(engine, trial, made, len(ids), ranking)
+
+
+def stop_of(engine: FocusEngine, trial: Trial) -> str | None:
+    """Return what ends an answer to the trial's prompt besides the end token."""
+    return None if trial.raw else find_prompt(engine, trial.prompt, trial).stop
+
+
+def predicted(
+    engine: FocusEngine, trial: Trial, made: Sequence[int], local: int, ranking: tuple[str, ...] | None = None
+) -> Prediction:
+    """Return what the base said, up to its prompt's stop."""
+    text, stop = engine.tokenizer.decode(list(made)), stop_of(engine, trial)
+    return Prediction(text.lstrip().split(stop)[0] if stop else text, 0, local, ranking, tuple(made))
 
 
 @torch.no_grad()
 def greedy(
-    engine: FocusEngine, ids: Sequence[int], max_tokens: int, cache: DynamicCache | None = None, position: int = 0
-) -> str:
-    """Decode greedily behind ``cache``, whose tokens end before ``position``."""
+    engine: FocusEngine,
+    ids: Sequence[int],
+    max_tokens: int,
+    cache: DynamicCache | None = None,
+    position: int = 0,
+    stop: str | None = None,
+) -> list[int]:
+    """Decode greedily behind ``cache``, whose tokens end before ``position``; ``stop`` ends it like an end token."""
     model, device = engine.loaded.model, engine.base.device
     cache = cache if cache is not None else DynamicCache()
     if engine.sink is not None and not position and ids[0] != engine.sink:
         ids = [engine.sink, *ids]
-    step, made = torch.tensor([list(ids)], device=device), []
+    made: list[int] = []
+    step = torch.tensor([list(ids)], device=device)
     while True:
         at = torch.arange(position, position + step.shape[1], device=device).unsqueeze(0)
         logits = model(step, past_key_values=cache, position_ids=at, use_cache=True, logits_to_keep=1).logits
         position += step.shape[1]
         token = int(logits[0, -1].argmax())
         made.append(token)
-        if token in engine.end_tokens or len(made) >= max_tokens:
-            return engine.tokenizer.decode(made)
+        stopped = stop is not None and stop in engine.tokenizer.decode(made[-4:])
+        if token in engine.end_tokens or stopped or len(made) >= max_tokens:
+            return made
         step = torch.tensor([[token]], device=device)

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError, ContextTooLongError
-from focus_core.evaluation.methods.baselines import greedy, prompt_of, whole_text
+from focus_core.evaluation.methods.baselines import greedy, predicted, prompt_of, stop_of, whole_text
 from focus_core.evaluation.methods.chunk_cache import ChunkCache
 from focus_core.evaluation.trial import Prediction, Trial
 from focus_core.method.kv import move_keys, rotation
@@ -32,7 +32,7 @@ def full(engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache) 
         raise ContextTooLongError(
             f"the prompt has {len(ids)} tokens, but the base's window holds {engine.base.window}; leave the method out"
         )
-    return Prediction(greedy(engine, ids, max_tokens), local=len(ids))
+    return predicted(engine, trial, greedy(engine, ids, max_tokens, stop=stop_of(engine, trial)), len(ids))
 
 
 def ntk(engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache) -> Prediction:
@@ -79,7 +79,8 @@ def streaming(
         _read_block(engine, kept, ids[:block])
         ids = ids[block:]
         _drop_oldest(engine, kept, sinks, window - block - max_tokens)
-    return Prediction(greedy(engine, ids, max_tokens, kept, kept.get_seq_length()), local=kept.get_seq_length())
+    made = greedy(engine, ids, max_tokens, kept, kept.get_seq_length(), stop_of(engine, trial))
+    return predicted(engine, trial, made, kept.get_seq_length())
 
 
 LONGER: dict[str, Any] = {"full": full, "ntk": ntk, "yarn": yarn, "streaming": streaming}
@@ -112,7 +113,7 @@ def _stretched(engine: FocusEngine, trial: Trial, max_tokens: int, kind: Stretch
     ids = prompt_of(engine, trial, whole_text(trial))
     factor = max(1.0, (len(ids) + 1 + max_tokens) / engine.base.window)
     with stretched_rope(engine, kind, factor):
-        return Prediction(greedy(engine, ids, max_tokens), local=len(ids))
+        return predicted(engine, trial, greedy(engine, ids, max_tokens, stop=stop_of(engine, trial)), len(ids))
 
 
 @torch.no_grad()

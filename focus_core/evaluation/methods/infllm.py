@@ -17,7 +17,7 @@ from torch import Tensor
 
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
-from focus_core.evaluation.methods.baselines import prompt_of, whole_text
+from focus_core.evaluation.methods.baselines import predicted, prompt_of, whole_text
 from focus_core.evaluation.methods.chunk_cache import ChunkCache
 from focus_core.evaluation.trial import Prediction, Trial
 from focus_core.method.attention import attend, causal_bias, merge
@@ -69,7 +69,7 @@ def block_memory(
     ids = [*sink_before(ids, engine.sink), *ids]
     reader = _Reader(engine.base, len(ids) + max_tokens, window, blocks, block, representatives, first)
     made = reader.answer(ids, piece, max_tokens, engine.end_tokens)
-    return Prediction(engine.tokenizer.decode(made), local=first + blocks * block + window)
+    return predicted(engine, trial, made, first + blocks * block + window)
 
 
 BLOCKS: dict[str, Any] = {"blocks": block_memory}

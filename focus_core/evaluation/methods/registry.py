@@ -2,7 +2,8 @@
 
 A method is written ``name`` or ``name:option=value:option=value``, such as ``focusllm:reread=2`` or
 ``bm25:passages=3``; options of ``focusllm`` are those of :class:`~focus_core.config.DecodeConfig`, and the ``template``
-that a question is put in. Methods are pure: what is kept between trials is the chunk cache that they are given.
+that a question is put in; every baseline takes ``prompt``, the words it is asked in. Methods are pure: what is kept
+between trials is the chunk cache that they are given.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, get_args
 
 from focus_core.config import DecodeConfig
@@ -53,7 +54,8 @@ def focus(
         chunks = len(memory)
         answer = engine.answer(trial.question, memory, template=template, **{"max_tokens": max_tokens, **options})
     ranking = tuple(item.document_id for item in answer.evidence)
-    return Prediction(answer.text, chunks, answer.usage.local + answer.usage.reread, ranking)
+    ids = tuple(token.id for token in answer.tokens)
+    return Prediction(answer.text, chunks, answer.usage.local + answer.usage.reread, ranking, ids)
 
 
 METHODS: dict[str, Answerer] = {FOCUS: focus, **BASELINES, **LONGER, **BLOCKS}
@@ -85,7 +87,10 @@ class Method:
 
     def answer(self, engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache) -> Prediction:
         """Answer one trial."""
-        return METHODS[self.name](engine, trial, cache=cache, **{"max_tokens": max_tokens, **self.options})
+        options = {"max_tokens": max_tokens, **self.options}
+        if not self.reads_with_candidates:
+            trial = replace(trial, prompt=options.pop("prompt", trial.prompt))
+        return METHODS[self.name](engine, trial, cache=cache, **options)
 
 
 def parse_method(text: str) -> Method:
@@ -123,7 +128,7 @@ def _known_options(name: str) -> list[str]:
     if name == FOCUS:
         return [*(item.name for item in dataclasses.fields(DecodeConfig)), "template"]
     parameters = inspect.signature(METHODS[name]).parameters.values()
-    return [item.name for item in parameters if item.kind is item.KEYWORD_ONLY]
+    return [*(item.name for item in parameters if item.kind is item.KEYWORD_ONLY), "prompt"]
 
 
 def _value(text: str) -> Any:

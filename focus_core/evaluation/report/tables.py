@@ -20,7 +20,7 @@ from focus_core.evaluation.tasks.registry import TaskOptions, Varies
 
 Cells = list[str]
 HEADER = ["task", "method", "right", "95% interval", "suite's score", "exact", "F1", "recall"]
-HEADER += ["k", "gold @1 @3 @5", "s/trial"]
+HEADER += ["cut at", "right", "exact", "F1", "k", "gold @1 @3 @5", "s/trial"]
 PERPLEXITY_HEADER = ["task", "memory / local", "texts below 1", "memory", "local only", "base's window", "k", "s/text"]
 
 
@@ -103,9 +103,23 @@ def row_cells(row: Row) -> Cells:
         f"{row.exact:.2f}",
         f"{row.f1:.2f}",
         f"{row.recall:.2f}",
+        *_cut_cells(row),
         f"{row.chunks:.0f}" if row.chunks else "",
         " ".join(f"{share:.0%}" for share in row.gold_within.values()),
         f"{row.seconds:.1f}",
+    ]
+
+
+def _cut_cells(row: Row) -> Cells:
+    """Return the scores of answers cut at the first limit, under "cut at", "right", "exact" and "F1"."""
+    if not row.cut:
+        return [""] * 4
+    limit, scores = min(row.cut.items(), key=lambda pair: int(pair[0]))
+    return [
+        f"{limit} tokens",
+        f"{scores['right']:.0f}/{row.trials}",
+        f"{scores['exact']:.2f}",
+        f"{scores['f1']:.2f}",
     ]
 
 

@@ -101,6 +101,7 @@ class Task:
         max_tokens: of an answer.
         varies: which option makes the rows of its table.
         sized_by_file: a file leaves nothing to vary.
+        limits: fewer tokens at which answers are scored too.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Task:
     max_tokens: int
     varies: Varies
     sized_by_file: bool = False
+    limits: tuple[int, ...] = ()
 
     def varies_for(self, options: TaskOptions) -> Varies:
         """Return which option makes rows, given the others."""
@@ -172,8 +174,10 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("passkey", "one number in a long text", _passkey, 8, "lengths"),
-        Task("questions", "a question among others' documents; needs --file", _questions, 24, "documents"),
-        Task("multihop", "HotpotQA or MuSiQue rows; needs --file", _from_file(multihop), 24, "nothing"),
+        Task(
+            "questions", "a question among others' documents; needs --file", _questions, 128, "documents", limits=(24,)
+        ),
+        Task("multihop", "HotpotQA or MuSiQue rows; needs --file", _from_file(multihop), 128, "nothing", limits=(24,)),
         Task("kv", "a UUID's value among records, generated or from --file", _key_values, 48, "lengths", True),
         Task("number", "ten repeated digits in a long text", _hidden(number), 12, "lengths"),
         Task("math-find", "InfiniteBench: a rank in a list of numbers", _hidden(math_find), 8, "lengths"),
