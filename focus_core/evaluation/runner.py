@@ -6,6 +6,7 @@ How answers are made is the method's business, how they are kept that of :mod:`f
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,7 @@ from focus_core.evaluation.report.records import Record, RecordFile, engine_fact
 from focus_core.evaluation.trial import Prediction, Trial
 
 RANKS = (1, 3, 5)
+_SIDE_BY_SIDE = 10  # prompts that a baseline decodes together
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,8 @@ def run(
     }
     file = RecordFile(output / f"{name}.{method.file_name}.jsonl", identity)
     records = []
-    for record in file.extend(
-        trials, lambda trial: trial.fingerprint, lambda trial: _ask(engine, trial, method, max_tokens, cache, limits)
-    ):
+    asking = _Asking(engine, trials, method, max_tokens, cache, limits)
+    for record in file.extend(asking.trials, lambda trial: trial.fingerprint, asking):
         records.append(record)
         report(record)
     row = replace(summarise(name, method.text, records), tokens=tokens, settings=settings)
@@ -167,27 +168,65 @@ def _cut_means(records: list[Record]) -> dict[int, dict[str, float]]:
     return means
 
 
-def _ask(
-    engine: FocusEngine, trial: Trial, method: Method, max_tokens: int, cache: ChunkCache, limits: Sequence[int]
-) -> Record:
-    started = time.monotonic()
-    asked = {"label": trial.label, "answers": list(trial.answers)}
-    try:
-        prediction = method.answer(engine, trial, trial.max_tokens or max_tokens, cache)
-    except ContextTooLongError as error:
-        return {**asked, "skipped": str(error)}
-    return {
-        **asked,
-        "text": prediction.text,
-        **score(prediction.text, trial.answers, trial.wanted),
-        **({"suite_score": trial.measure(prediction.text, trial.answers)} if trial.measure else {}),
-        **({"cut": {str(limit): _cut(engine, trial, prediction, limit) for limit in limits}} if limits else {}),
-        "tokens": len(prediction.ids),
-        "gold_rank": _gold_rank(trial, prediction),
-        "chunks": prediction.chunks,
-        "local": prediction.local,
-        "seconds": round(time.monotonic() - started, 3),
-    }
+class _Asking:
+    """Turns trials into records, several at once where the method reads prompts side by side."""
+
+    def __init__(
+        self,
+        engine: FocusEngine,
+        trials: Iterable[Trial],
+        method: Method,
+        max_tokens: int,
+        cache: ChunkCache,
+        limits: Sequence[int],
+    ) -> None:
+        self.engine, self.method, self.max_tokens, self.cache = engine, method, max_tokens, cache
+        self.limits = limits
+        self.trials: Iterable[Trial] = list(trials) if method.side_by_side else trials
+        self._ahead: dict[int, Record] = {}
+
+    def __call__(self, trial: Trial) -> Record:
+        """Answer one trial."""
+        if not self.method.side_by_side:
+            started = time.monotonic()
+            try:
+                found: Prediction | ContextTooLongError = self.method.answer(
+                    self.engine, trial, trial.max_tokens or self.max_tokens, self.cache
+                )
+            except ContextTooLongError as error:
+                found = error
+            return self._record(trial, found, time.monotonic() - started)
+        if id(trial) not in self._ahead:
+            self._answer_from(trial)
+        return self._ahead.pop(id(trial))
+
+    def _answer_from(self, trial: Trial) -> None:
+        """Answer a trial and those behind it that want as many tokens."""
+        started, trials = time.monotonic(), list(self.trials)
+        first = next(index for index, other in enumerate(trials) if other is trial)
+        batch = trials[first : first + _SIDE_BY_SIDE]
+        batch = list(itertools.takewhile(lambda other: other.max_tokens == trial.max_tokens, batch))
+        found = self.method.answer_many(self.engine, batch, trial.max_tokens or self.max_tokens)
+        seconds = (time.monotonic() - started) / len(batch)
+        self._ahead = {id(other): self._record(other, item, seconds) for other, item in zip(batch, found, strict=True)}
+
+    def _record(self, trial: Trial, prediction: Prediction | ContextTooLongError, seconds: float) -> Record:
+        asked = {"label": trial.label, "answers": list(trial.answers)}
+        if isinstance(prediction, ContextTooLongError):
+            return {**asked, "skipped": str(prediction)}
+        cut = {str(limit): _cut(self.engine, trial, prediction, limit) for limit in self.limits}
+        return {
+            **asked,
+            "text": prediction.text,
+            **score(prediction.text, trial.answers, trial.wanted),
+            **({"suite_score": trial.measure(prediction.text, trial.answers)} if trial.measure else {}),
+            **({"cut": cut} if cut else {}),
+            "tokens": len(prediction.ids),
+            "gold_rank": _gold_rank(trial, prediction),
+            "chunks": prediction.chunks,
+            "local": prediction.local,
+            "seconds": round(seconds, 3),
+        }
 
 
 def _cut(engine: FocusEngine, trial: Trial, prediction: Prediction, limit: int) -> Record:

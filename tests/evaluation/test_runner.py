@@ -320,7 +320,11 @@ def test_retrieval_reads_the_best_passages_with_the_best_last(make_engine, monke
 
     engine = make_engine(chunk_size=64, window=512)
     read = []
-    monkeypatch.setattr(baselines, "greedy", lambda engine, ids, *rest: read.append(engine.tokenizer.decode(ids)) or [])
+    monkeypatch.setattr(
+        baselines,
+        "greedy_many",
+        lambda engine, prompts, *rest: [read.append(engine.tokenizer.decode(ids)) or [] for ids in prompts],
+    )
     documents = ["zebra lion", "moose", "zebra zebra tiger zebra", "lion bear"]
     trial = question_trial(documents, "zebra tiger", "doc-2")
     prediction = parse_method("bm25:passages=2").answer(engine, trial, 4, ChunkCache())
@@ -385,7 +389,7 @@ def test_answers_are_scored_cut_and_whole(make_engine, tmp_path, monkeypatch):
     """One decoding gives both rows: the first tokens alone, and all; a prompt's stop ends an answer early."""
     engine = make_engine()
     ids = engine.tokenizer.encode("the cat sat on the mat")
-    monkeypatch.setattr(baselines, "greedy", lambda *arguments: ids)
+    monkeypatch.setattr(baselines, "greedy_many", lambda engine, prompts, *rest: [ids for _ in prompts])
     trial = Trial((Document("d", "x"),), "who?", ("mat",), "d", False, "")
     row = run(engine, "q", [trial, trial], "gold", 99, tmp_path, limits=(3, len(ids)))
     assert (row.right, row.exact) == (2, 0)
@@ -393,6 +397,42 @@ def test_answers_are_scored_cut_and_whole(make_engine, tmp_path, monkeypatch):
     assert row.cut[len(ids)] == {"right": 2, "exact": row.exact, "f1": row.f1}
     assert row_cells(row)[HEADER.index("cut at")] == "3 tokens"
     lines = engine.tokenizer.encode("mat\nthe cat")
-    monkeypatch.setattr(baselines, "greedy", lambda *arguments: lines)
+    monkeypatch.setattr(baselines, "greedy_many", lambda engine, prompts, *rest: [lines for _ in prompts])
     prompts = [run(engine, "s", [trial], f"gold:prompt={name}", 99, tmp_path).exact for name in ("card", "brief")]
     assert prompts == [1, 0]
+
+
+def test_prompts_read_side_by_side_are_answered_as_alone(make_engine, tmp_path):
+    """Prompts of different lengths decoded together == transformers' generate on each; a stopped run goes on."""
+    engine = make_engine(dtype=torch.float64)
+    lengths = (3, 30, 11)
+    trials = [Trial((Document("d", "the cat sat " * count),), "what?", ("x",), "d", False, "") for count in lengths] + [
+        Trial((), "what?", ("x",), None, False, "no document")
+    ]
+    row = run(engine, "side", trials, "gold", 12, tmp_path)
+    assert (row.trials, row.skipped) == (3, 1)
+    records = [json.loads(line) for line in (tmp_path / "side.gold.jsonl").read_text().splitlines()[1:]]
+    for trial, record in zip(trials[:3], records, strict=False):
+        ids = [engine.sink, *baselines.prompt_of(engine, trial, trial.documents[0].text)]
+        made = engine.loaded.model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=12, do_sample=False
+        )[0, len(ids) :]
+        assert record["text"] == engine.tokenizer.decode(made.tolist())
+        assert parse_method("gold").answer(engine, trial, 12, ChunkCache()).text == record["text"]
+    lines = (tmp_path / "side.gold.jsonl").read_text().splitlines()
+    (tmp_path / "side.gold.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    assert run(engine, "side", trials, "gold", 12, tmp_path).right == row.right
+    again = [json.loads(line)["text"] for line in (tmp_path / "side.gold.jsonl").read_text().splitlines()[1:4]]
+    assert again == [record["text"] for record in records[:3]]
+
+
+def test_parallel_windows_have_one_sink(make_engine, monkeypatch):
+    """Keys that the question sees: every chunk's tokens and one sink, not one a chunk."""
+    engine = make_engine(chunk_size=32)
+    seen = []
+    monkeypatch.setattr(
+        baselines, "greedy", lambda engine, ids, most, cache, *rest: seen.append(cache.get_seq_length()) or []
+    )
+    trial = question_trial(["the cat sat", "the dog sat on the hat", "the mat"], "who?", 0)
+    parse_method("parallel-windows").answer(engine, trial, 4, ChunkCache())
+    assert seen == [1 + sum(len(engine.tokenizer.encode(document.text)) for document in trial.documents)]

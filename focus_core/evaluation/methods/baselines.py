@@ -8,6 +8,7 @@ every chunk's own KV without candidates (``parallel-windows``).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,53 +20,56 @@ from focus_core.evaluation.methods.chunk_cache import ChunkCache
 from focus_core.evaluation.methods.prompts import find_prompt
 from focus_core.evaluation.methods.retrieval import rank_bm25, rank_minilm
 from focus_core.evaluation.trial import Prediction, Trial
+from focus_core.method.parallel import sink_before
 from focus_core.text.chunking import Chunk
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is put to the base.
+
+    Args:
+        ids: the prompt.
+        ranking: document ids, best first, where they were ranked.
+    """
+
+    ids: list[int]
+    ranking: tuple[str, ...] | None = None
+
 
 _SPARE = 8  # tokens of joints between passages and question
 
 
-def closed_book(engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache) -> Prediction:
+def closed_book(engine: FocusEngine, trial: Trial, max_tokens: int) -> Asked:
     """Ask the base without any document."""
-    return _read(engine, trial, prompt_of(engine, trial, ""), max_tokens)
+    return Asked(prompt_of(engine, trial, ""))
 
 
-def truncated(engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache) -> Prediction:
+def truncated(engine: FocusEngine, trial: Trial, max_tokens: int) -> Asked:
     """Ask the base with the last part of the text that fits the engine's window."""
     ids = engine.tokenizer.encode(whole_text(trial))
     text = engine.tokenizer.decode(ids[-_room(engine, trial, max_tokens) :])
-    return _read(engine, trial, prompt_of(engine, trial, text), max_tokens)
+    return Asked(prompt_of(engine, trial, text))
 
 
-def gold(engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache) -> Prediction:
+def gold(engine: FocusEngine, trial: Trial, max_tokens: int) -> Asked:
     """Ask the base with the gold document alone in its context."""
     if trial.gold is None:
         raise ContextTooLongError(f"trial {trial.label!r} has no single gold document; leave the method gold out")
     text = next(document.text for document in trial.documents if document.id == trial.gold)
-    return _read(engine, trial, prompt_of(engine, trial, text), max_tokens)
+    return Asked(prompt_of(engine, trial, text))
 
 
 def bm25(
-    engine: FocusEngine,
-    trial: Trial,
-    max_tokens: int,
-    cache: ChunkCache,
-    *,
-    passages: int | None = None,
-    tokens: int | None = None,
-) -> Prediction:
+    engine: FocusEngine, trial: Trial, max_tokens: int, *, passages: int | None = None, tokens: int | None = None
+) -> Asked:
     """Ask the base with the passages that BM25 ranks best; see :func:`retrieved`."""
     return retrieved(engine, trial, max_tokens, rank_bm25, passages, tokens)
 
 
 def minilm(
-    engine: FocusEngine,
-    trial: Trial,
-    max_tokens: int,
-    cache: ChunkCache,
-    *,
-    passages: int | None = None,
-    tokens: int | None = None,
-) -> Prediction:
+    engine: FocusEngine, trial: Trial, max_tokens: int, *, passages: int | None = None, tokens: int | None = None
+) -> Asked:
     """Ask the base with the passages that MiniLM ranks best; see :func:`retrieved`."""
     return retrieved(engine, trial, max_tokens, rank_minilm, passages, tokens)
 
@@ -77,7 +81,7 @@ def retrieved(
     rank: Callable[[str, Sequence[str]], list[int]],
     passages: int | None,
     tokens: int | None,
-) -> Prediction:
+) -> Asked:
     """Ask the base with the best-ranked passages, the best one next to the question.
 
     Args:
@@ -101,11 +105,14 @@ def retrieved(
         kept.insert(0, chunks[index])
     text = "\n\n".join(texts[chunk.document_id][chunk.start : chunk.end].strip() for chunk in kept)
     ranking = tuple(dict.fromkeys(chunks[index].document_id for index in order))
-    return _read(engine, trial, prompt_of(engine, trial, text), max_tokens, ranking=ranking)
+    return Asked(prompt_of(engine, trial, text), ranking)
 
 
 def parallel_windows(engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache) -> Prediction:
-    """Let the local rows attend to every chunk's raw KV, each chunk at positions of its own (Ratner et al., 2023)."""
+    """Let the local rows attend to every chunk's raw KV, all at the same positions (Ratner et al., 2023).
+
+    Every chunk is read behind a sink of its own, which stands in front of the local rows once.
+    """
     model, encoder = engine.loaded.model, engine.encoder
     rows = [encoder.row(chunk) for document in trial.documents for chunk in encoder.cut(document)]
     known: dict[tuple[int, ...], DynamicCache] = {}
@@ -120,20 +127,38 @@ def parallel_windows(engine: FocusEngine, trial: Trial, max_tokens: int, cache: 
     joined = DynamicCache()
     for layer in range(engine.base.num_layers):
         layers: list[Any] = [item.layers[layer] for item in caches]
-        keys = torch.cat([item.keys for item in layers], dim=2)
-        values = torch.cat([item.values for item in layers], dim=2)
+        sinks = [0 if number == 0 or engine.sink is None else 1 for number in range(len(layers))]
+        keys = torch.cat([item.keys[:, :, sink:] for sink, item in zip(sinks, layers, strict=True)], dim=2)
+        values = torch.cat([item.values[:, :, sink:] for sink, item in zip(sinks, layers, strict=True)], dim=2)
         joined.update(keys, values, layer)
-    return _read(engine, trial, prompt_of(engine, trial, ""), max_tokens, joined, max(map(len, rows)))
+    prompt = prompt_of(engine, trial, "")
+    made = greedy(engine, prompt, max_tokens, joined, max(map(len, rows)), stop_of(engine, trial))
+    return predicted(engine, trial, made, len(prompt))
 
 
-BASELINES: dict[str, Any] = {
+ASKS: dict[str, Callable[..., Asked]] = {
     "closed-book": closed_book,
     "truncated": truncated,
     "gold": gold,
     "bm25": bm25,
     "minilm": minilm,
-    "parallel-windows": parallel_windows,
 }
+"""Baselines that put one prompt to the base: these can be decoded side by side."""
+
+
+WINDOWS: dict[str, Any] = {"parallel-windows": parallel_windows}
+
+
+def read_prompts(
+    engine: FocusEngine, trials: Sequence[Trial], asked: Sequence[Asked], max_tokens: int
+) -> list[Prediction]:
+    """Answer prompts side by side."""
+    stops = [stop_of(engine, trial) for trial in trials]
+    made = greedy_many(engine, [prompt.ids for prompt in asked], max_tokens, stops)
+    return [
+        predicted(engine, trial, ids, len(prompt.ids), prompt.ranking)
+        for trial, prompt, ids in zip(trials, asked, made, strict=True)
+    ]
 
 
 def whole_text(trial: Trial) -> str:
@@ -152,19 +177,6 @@ def _room(engine: FocusEngine, trial: Trial, max_tokens: int) -> int:
     return engine.config.window - len(prompt_of(engine, trial, "")) - max_tokens - _SPARE
 
 
-def _read(
-    engine: FocusEngine,
-    trial: Trial,
-    ids: Sequence[int],
-    max_tokens: int,
-    cache: DynamicCache | None = None,
-    position: int = 0,
-    ranking: tuple[str, ...] | None = None,
-) -> Prediction:
-    made = greedy(engine, ids, max_tokens, cache, position, stop_of(engine, trial))
-    return predicted(engine, trial, made, len(ids), ranking)
-
-
 def stop_of(engine: FocusEngine, trial: Trial) -> str | None:
     """Return what ends an answer to the trial's prompt besides the end token."""
     return None if trial.raw else find_prompt(engine, trial.prompt, trial).stop
@@ -176,6 +188,34 @@ def predicted(
     """Return what the base said, up to its prompt's stop."""
     text, stop = engine.tokenizer.decode(list(made)), stop_of(engine, trial)
     return Prediction(text.lstrip().split(stop)[0] if stop else text, 0, local, ranking, tuple(made))
+
+
+@torch.no_grad()
+def greedy_many(
+    engine: FocusEngine, prompts: Sequence[Sequence[int]], max_tokens: int, stops: Sequence[str | None]
+) -> list[list[int]]:
+    """Decode several prompts greedily side by side, shorter ones padded in front; each as :func:`greedy` would."""
+    model, device = engine.loaded.model, engine.base.device
+    rows = [[*sink_before(ids, engine.sink), *ids] for ids in prompts]
+    longest, made = max(map(len, rows)), [list[int]() for _ in rows]
+    step = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    seen = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    at, cache, open_rows = (seen.cumsum(1) - 1).clamp_min(0), DynamicCache(), set(range(len(rows)))
+    while True:
+        logits = model(
+            step, attention_mask=seen, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
+        tokens = logits[:, -1].argmax(-1)
+        for row in list(open_rows):
+            made[row].append(int(tokens[row]))
+            stop = stops[row]
+            stopped = stop is not None and stop in engine.tokenizer.decode(made[row][-4:])
+            if made[row][-1] in engine.end_tokens or stopped or len(made[row]) >= max_tokens:
+                open_rows.discard(row)
+        if not open_rows:
+            return made
+        step, at = tokens[:, None], at[:, -1:] + 1
+        seen = torch.cat([seen, torch.ones_like(step)], dim=1)
 
 
 @torch.no_grad()

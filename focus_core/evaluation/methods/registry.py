@@ -9,16 +9,17 @@ between trials is the chunk cache that they are given.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, get_args
 
 from focus_core.config import DecodeConfig
 from focus_core.engine import FocusEngine, Template
-from focus_core.errors import ConfigError
-from focus_core.evaluation.methods.baselines import BASELINES
+from focus_core.errors import ConfigError, ContextTooLongError
+from focus_core.evaluation.methods.baselines import ASKS, WINDOWS, Asked, read_prompts
 from focus_core.evaluation.methods.chunk_cache import ChunkCache
 from focus_core.evaluation.methods.context_extension import LONGER
 from focus_core.evaluation.methods.infllm import BLOCKS
@@ -58,7 +59,21 @@ def focus(
     return Prediction(answer.text, chunks, answer.usage.local + answer.usage.reread, ranking, ids)
 
 
-METHODS: dict[str, Answerer] = {FOCUS: focus, **BASELINES, **LONGER, **BLOCKS}
+def _asked_alone(ask: Callable[..., Asked]) -> Answerer:
+    @functools.wraps(ask)
+    def answer(engine: FocusEngine, trial: Trial, max_tokens: int, cache: ChunkCache, **options: Any) -> Prediction:
+        return read_prompts(engine, [trial], [ask(engine, trial, max_tokens, **options)], max_tokens)[0]
+
+    return answer
+
+
+METHODS: dict[str, Answerer] = {
+    FOCUS: focus,
+    **{name: _asked_alone(ask) for name, ask in ASKS.items()},
+    **WINDOWS,
+    **LONGER,
+    **BLOCKS,
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,29 @@ class Method:
         if not self.reads_with_candidates:
             trial = replace(trial, prompt=options.pop("prompt", trial.prompt))
         return METHODS[self.name](engine, trial, cache=cache, **options)
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether :meth:`answer_many` reads several trials at once."""
+        return self.name in ASKS
+
+    def answer_many(
+        self, engine: FocusEngine, trials: Sequence[Trial], max_tokens: int
+    ) -> list[Prediction | ContextTooLongError]:
+        """Answer trials side by side; an error stands in the place of one that cannot be read."""
+        options = {"max_tokens": max_tokens, **self.options}
+        most, prompt = options.pop("max_tokens"), options.pop("prompt", None)
+        trials = [replace(trial, prompt=prompt or trial.prompt) for trial in trials]
+        asked: list[Asked | ContextTooLongError] = []
+        for trial in trials:
+            try:
+                asked.append(ASKS[self.name](engine, trial, most, **options))
+            except ContextTooLongError as error:
+                asked.append(error)
+        pairs = [(trial, item) for trial, item in zip(trials, asked, strict=True) if isinstance(item, Asked)]
+        made = read_prompts(engine, [pair[0] for pair in pairs], [pair[1] for pair in pairs], most) if pairs else []
+        found = iter(made)
+        return [item if isinstance(item, ContextTooLongError) else next(found) for item in asked]
 
 
 def parse_method(text: str) -> Method:
