@@ -67,11 +67,13 @@ def test_langchain_reads_prompts_longer_than_the_window(make_engine):
 
 def test_langchain_cache_keys_hold_the_corpus(make_engine):
     """Equal prompts over different documents have different cache keys; equal ones the same."""
+    from langchain_core.caches import InMemoryCache
+
     from focus_integrations.langchain import FocusLLM
 
     engine = make_engine()
     keys = [
-        str(dict(FocusLLM(engine=engine, documents=[Document("a", text)])._identifying_params))
+        str(dict(FocusLLM(engine=engine, cache=InMemoryCache(), documents=[Document("a", text)])._identifying_params))
         for text in ("the cat", "the dog", "the cat")
     ]
     assert keys[0] == keys[2] != keys[1]

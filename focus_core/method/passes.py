@@ -7,6 +7,7 @@ once. One request's failure is its own: after a failed common sweep each runs al
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -171,6 +172,8 @@ def _check_all(batch: Sequence[Pass]) -> None:
 def run_together(work: Callable[[_T], _R], items: Sequence[_T], cancelled: threading.Event) -> list[_R]:
     """Return ``work`` of every item; they run in threads, so that their requests meet and share sweeps.
 
+    Each runs in a copy of the caller's context.
+
     Args:
         work: makes one request to an engine.
         items: any number; as many as share a sweep run at the same time.
@@ -182,7 +185,7 @@ def run_together(work: Callable[[_T], _R], items: Sequence[_T], cancelled: threa
     if len(items) <= 1:
         return [work(item) for item in items]
     with ThreadPoolExecutor(min(len(items), _MOST), thread_name_prefix="focusllm-batch") as pool:
-        futures = [pool.submit(work, item) for item in items]
+        futures = [pool.submit(contextvars.copy_context().run, work, item) for item in items]
         try:
             return [future.result() for future in futures]
         except BaseException:

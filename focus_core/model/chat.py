@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -341,14 +342,15 @@ _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:argument
 class ToolCallParser:
     """Reads tool calls out of model output as it arrives.
 
-    Text that is no well-formed call comes back as text. A call's id depends on ``request`` and the call's number alone.
+    Text that is no well-formed call comes back as text.
 
     Args:
-        request: names the request; equal requests give equal ids.
+        request: names the request: a call's id depends on it and the call's number. Drawn anew if not given, so that no
+            two calls have the same id.
     """
 
-    def __init__(self, request: str = "") -> None:
-        self.request = request
+    def __init__(self, request: str | None = None) -> None:
+        self.request = request if request is not None else uuid.uuid4().hex
         self.calls: list[ToolCall] = []
         self.broken: list[tuple[str, str, str]] = []
         """(id, name, arguments) of calls whose arguments ended too early or are no JSON object."""
@@ -459,7 +461,7 @@ class ToolCallParser:
         return f"call_{digest[:24]}"
 
 
-def parse_tool_calls(text: str, request: str = "") -> tuple[str, tuple[ToolCall, ...]]:
+def parse_tool_calls(text: str, request: str | None = None) -> tuple[str, tuple[ToolCall, ...]]:
     """Split model output into its text and the tool calls in it.
 
     Args:

@@ -67,8 +67,9 @@ def to_documents(
 
 
 def written(documents: Iterable[Any]) -> list[Any]:
-    """Leave out documents, framework documents and nodes that hold no text."""
-    return [item for item in documents if _text_of(item).strip()]
+    """Leave out texts, documents, framework documents and nodes that hold no text."""
+    texts = [(item, item if isinstance(item, str) else _text_of(item)) for item in documents]
+    return [item for item, text in texts if not isinstance(text, str) or text.strip()]
 
 
 def distinct(documents: Iterable[Document], others: Iterable[Document]) -> list[Document]:
@@ -191,7 +192,7 @@ def _is_framework(item: Any) -> bool:
 
 
 def _from_framework(item: Any, number: int) -> Document:
-    text = _text_of(item, None)
+    text = _text_of(item)
     if not isinstance(text, str):
         raise ConfigError(f"a document must be a path, a text or a framework document; got {type(item).__name__}")
     metadata = dict(getattr(item, "metadata", None) or {})
@@ -205,14 +206,16 @@ def own_name(item: Any) -> str | None:
     return str(own) if own else None
 
 
-def _text_of(item: Any, default: Any = "") -> Any:
+def _text_of(item: Any) -> Any:
     text = getattr(item, "page_content", None)
     if text is None and callable(getattr(item, "get_content", None)):
         text = item.get_content()
-    return text if text is not None else getattr(item, "text", default)
+    return text if text is not None else getattr(item, "text", None)
 
 
 def _copied(metadata: dict[str, Any]) -> dict[str, Any]:
+    if all(value is None or isinstance(value, (str, int, float)) for value in metadata.values()):
+        return dict(metadata)
     try:
         return copy.deepcopy(metadata)
     except Exception:  # a value that cannot be copied is shared

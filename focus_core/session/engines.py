@@ -11,19 +11,31 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
+from focus_core.files import file_facts
 from focus_core.method.state import MemoryState
-from focus_core.session.documents import MemoryFilter, distinct, fingerprint, kept_ids, source_dicts, to_documents
-from focus_core.store.memory import Memory
-from focus_core.text.corpus import Document
+from focus_core.session.concurrency import Turns
+from focus_core.session.documents import (
+    MemoryFilter,
+    canonical,
+    distinct,
+    fingerprint,
+    kept_ids,
+    source_dicts,
+    to_documents,
+    written,
+)
+from focus_core.store.memory import ChunkEncoder, Memory
+from focus_core.text.corpus import Document, load_documents
 
 __all__ = [
     "Held",
@@ -39,9 +51,14 @@ __all__ = [
 _engines: dict[tuple[Any, ...], FocusEngine] = {}
 _memories: weakref.WeakValueDictionary[tuple[Any, ...], Memory] = weakref.WeakValueDictionary()
 _fingerprints: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-_lock = threading.RLock()
+_lock = threading.RLock()  # of these tables; never held while something is loaded
+_turns = Turns()
 
 _KEPT = 8  # memories of each kind that a holder keeps
+
+
+def _patient() -> None:
+    """Go on waiting."""
 
 
 def shared_engine(
@@ -69,9 +86,10 @@ def shared_engine(
     if dtype and not isinstance(kind, torch.dtype):
         raise ConfigError(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
     key = (base, adapter, device, dtype)
-    with _lock:
+    with _turns.of(("engine", *key), _patient):
         if key not in _engines:
             _engines[key] = FocusEngine.from_pretrained(base, adapter, device=device, dtype=kind)
+    with _lock:
         engine = _engines[key]
         if chunk_size is None or chunk_size == engine.config.chunk_size:
             return engine
@@ -91,19 +109,24 @@ def engine_fingerprint(engine: FocusEngine) -> str:
         known = _fingerprints.get(engine.adapter)
         if known is None:
             known = _fingerprints[engine.adapter] = f"{engine.loaded.fingerprint}-{engine.adapter_fingerprint}"
-    return f"{known}-{engine.base.dtype}-{sorted(engine.config.to_dict().items())}"
+    info = {**engine.info.to_dict(), "trained": None, "focus": engine.config.to_dict()}
+    return f"{known}-{engine.base.dtype}-{canonical(info)}"
 
 
-def shared_memory(engine: FocusEngine, folder: str | Path) -> Memory:
+def shared_memory(engine: FocusEngine, folder: str | Path, check: Callable[[], None] = _patient) -> Memory:
     """Return a saved memory; it is read once while anybody uses it, and again when it was saved anew.
+
+    Args:
+        engine: it is of this engine's model.
+        folder: where it was saved.
+        check: called while another caller reads it; raises to give up.
 
     Raises:
         StoreError: there is none, it is damaged, or it was made by other weights or settings.
     """
     manifest = Path(folder).resolve() / "memory.json"
-    changed = manifest.stat().st_mtime_ns if manifest.exists() else 0
-    key = (id(engine.base), engine_fingerprint(engine), str(manifest), changed)
-    with _lock:
+    key = (id(engine.base), engine_fingerprint(engine), str(manifest), file_facts(manifest))
+    with _turns.of(("memory", *key), check):
         memory = _memories.get(key)
         if memory is None:
             memory = _memories[key] = engine.load_memory(folder)
@@ -132,56 +155,82 @@ class MemoryHolder:
     """Reads documents and saved memories once, and afterwards only what changed in them.
 
     Copies of a model share it. It keeps the memories of a model's own documents apart from those of single calls, so
-    that calls do not push them out; memories that overlap share their chunk KV.
+    that calls do not push them out; memories that overlap share their chunk KV. Callers wait for each other only where
+    they read the same.
     """
 
     def __init__(self) -> None:
-        self._read: OrderedDict[tuple[Any, ...], tuple[Any, list[Document]]] = OrderedDict()
+        self._files: OrderedDict[tuple[str, str], tuple[Any, list[Document]]] = OrderedDict()
+        self._used_up: OrderedDict[int, tuple[Any, list[Document]]] = OrderedDict()
+        self._saved: OrderedDict[str, Memory] = OrderedDict()
         self._own: OrderedDict[str, Memory] = OrderedDict()
         self._recent: OrderedDict[str, Memory] = OrderedDict()
         self._part: tuple[MemoryState, list[str], Memory] | None = None
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # of these tables; never held while something is read
+        self._turns = Turns()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MemoryHolder, ()  # what was read is read again where it is needed
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryHolder:
+        return self
+
     def documents(self, documents: Any) -> list[Document]:
-        """Return core documents; files are read once, a list that has changed is read again."""
-        key = _identity(documents)
-        with self._lock:
-            if key not in self._read:
-                self._read[key] = (documents, to_documents(documents))  # kept so that the key's ids stay their own
-                _forget(self._read, _KEPT)
-            return self._read[key][1]
+        """Return core documents; files are read again when they have changed, an iterator's items are kept.
 
-    def fingerprint(self, documents: Any = None, memory: Memory | str | Path | None = None) -> str | None:
-        """Return a hash of the texts that would be read, without computing anything; ``None`` for nothing."""
-        if documents is None and memory is None:
-            return None
-        saved = _saved_text(memory) if isinstance(memory, (str, Path)) else ""
-        there = memory.documents if isinstance(memory, Memory) else [Document("", saved)]
-        return fingerprint([*there, *(self.documents(documents) if documents is not None else [])])
+        Raises:
+            ConfigError: an item is no document.
+            CorpusError: a file cannot be read, or nothing holds text.
+        """
+        if not isinstance(documents, Iterator):
+            return to_documents(documents, self._file)
+        with self._turns.of(id(documents), _patient):
+            if id(documents) not in self._used_up:  # the object is kept so that its id stays its own
+                found = to_documents(list(documents), self._file)
+                with self._lock:
+                    self._used_up[id(documents)] = (documents, found)
+                    _forget(self._used_up, 8 * _KEPT)
+                return found
+            return self._used_up[id(documents)][1]
 
-    def get(self, engine: FocusEngine, documents: Any, memory_path: str | None) -> Memory | None:
-        """Return the memory of these settings, or ``None`` where there are none."""
-        return self.hold(engine, documents, memory_path).memory
+    def choice(
+        self,
+        engine: FocusEngine,
+        documents: Any = None,
+        memory: Memory | str | Path | None = None,
+        wanted: MemoryFilter | None = None,
+    ) -> list[Document]:
+        """Return the documents of model and memory that a call reads; no chunk KV is computed.
+
+        Raises:
+            ConfigError: a document is none, or the filter is bad.
+            CorpusError: a document, or the saved memory, cannot be read.
+        """
+        base = self._base(engine, memory, _patient)
+        found = base.documents if base is not None else []
+        if documents is not None:
+            found = [*found, *distinct(self.documents(documents), found)]
+        known = base is not None or documents is not None
+        kept = set(kept_ids(found, wanted)) if wanted is not None and known else None
+        return [document for document in found if kept is None or document.id in kept]
 
     def hold(
         self,
         engine: FocusEngine,
         documents: Any = None,
         memory: Memory | str | Path | None = None,
-        extra: Any = None,
+        extra: Sequence[Any] = (),
         wanted: MemoryFilter | None = None,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = _patient,
     ) -> Held:
         """Return what a call reads.
 
         Args:
             engine: reads it.
-            documents: of the model; read until they change.
+            documents: of the model; files are read again when they change.
             memory: a memory, or the folder of a saved one; it stays as it is.
-            extra: documents of this call; what calls before it read is not computed again.
+            extra: documents of this call, and memories that are read besides; what calls before it read is not computed
+                again.
             wanted: filter on documents and memory; ``extra`` is not filtered.
             check: called often; raises to cancel.
 
@@ -189,17 +238,42 @@ class MemoryHolder:
             ConfigError: a document is none, or the filter is bad.
             StoreError: the saved memory cannot be read.
         """
+        base, created = self._base(engine, memory, check), 0
+        if documents is not None:
+            several = documents if isinstance(documents, (list, tuple)) else [documents]
+            read_before = [item.snapshot() for item in several if isinstance(item, Memory)]
+            base, created = self._with(engine, base, self.documents(documents), self._own, check, read_before)
+        if base is not None and wanted is not None:
+            base = self._subset(base, kept_ids(base.documents, wanted))
+        others = [item.snapshot() for item in extra if isinstance(item, Memory)]
+        more = [item for item in extra if not isinstance(item, Memory)]
+        texts = [*(document for other in others for document in other.documents), *to_documents(written(more))]
+        if texts:
+            base, read = self._with(engine, base, distinct(texts, ()), self._recent, check, others)
+            created += read
+        return Held(base, created)
+
+    def _base(
+        self, engine: FocusEngine, memory: Memory | str | Path | None, check: Callable[[], None]
+    ) -> Memory | None:
+        if not isinstance(memory, (str, Path)):
+            return memory.snapshot() if memory is not None else None
+        saved = shared_memory(engine, memory, check)
         with self._lock:
-            given = shared_memory(engine, memory) if isinstance(memory, (str, Path)) else memory
-            base, created = given.snapshot() if given is not None else None, 0
-            if documents is not None:
-                base, created = self._with(engine, base, self.documents(documents), self._own, check)
-            if base is not None and wanted is not None:
-                base = self._subset(base, kept_ids(base.documents, wanted))
-            if extra:
-                base, read = self._with(engine, base, to_documents(extra), self._recent, check)
-                created += read
-            return Held(base, created)
+            self._saved[str(Path(memory).resolve())] = saved  # read again only when it changed
+            _forget(self._saved, _KEPT)
+        return saved.snapshot()
+
+    def _file(self, path: str | Path) -> list[Document]:
+        """Return the documents of a file or folder, read again if it has changed."""
+        key, facts = (str(path), str(Path(path).resolve())), file_facts(path)
+        known = self._files.get(key)
+        if known is None or known[0] != facts:
+            known = facts, load_documents([path])
+            with self._lock:
+                self._files[key] = known
+                _forget(self._files, 8 * _KEPT)
+        return known[1]
 
     def _with(
         self,
@@ -208,38 +282,87 @@ class MemoryHolder:
         more: list[Document],
         kept: OrderedDict[str, Memory],
         check: Callable[[], None],
+        others: Sequence[Memory] = (),
     ) -> tuple[Memory, int]:
-        """Return a memory of ``base`` and ``more``, from the kept one that holds most, and tokens computed."""
+        """Return a memory of ``base`` and ``more``, and the tokens that were computed for it."""
         present = [] if base is None else base.documents
         together = [*present, *distinct(more, present)]
         key = f"{engine_fingerprint(engine)}-{fingerprint(together)}"
-        if key in kept:
-            kept.move_to_end(key)
-            return kept[key], 0
-        candidates = [*([base] if base is not None else []), *self._own.values(), *self._recent.values()]
-        shared = [_shared(memory, together, engine) for memory in candidates]
-        best = max(range(len(candidates)), key=lambda index: len(shared[index]), default=None)
-        held = candidates[best].subset(shared[best]) if best is not None and shared[best] else engine.remember([])
-        before = held.tokens
-        held.add(together, check=check)
-        kept[key] = held
-        _forget(kept, _KEPT)
-        return held, held.tokens - before
+        with self._turns.of((id(kept), key), check):
+            with self._lock:
+                if key in kept:
+                    kept.move_to_end(key)
+                    return kept[key], 0
+                known = [*([base] if base is not None else []), *others, *self._own.values(), *self._recent.values()]
+            held, created = _gathered(engine, together, known, check)
+            with self._lock:
+                kept[key] = held
+                _forget(kept, _KEPT)
+            return held, created
 
     def _subset(self, memory: Memory, ids: list[str]) -> Memory:
-        if self._part is None or self._part[0] is not memory.state or self._part[1] != ids:
-            self._part = (memory.state, ids, memory.subset(ids))
-        return self._part[2]
+        part = self._part
+        if part is None or part[0] is not memory.state or part[1] != ids:
+            part = self._part = (memory.state, ids, memory.subset(ids))
+        return part[2]
+
+
+class _Known:
+    """Chunk KV that memories hold, as a place to take it from, and the keys of what was computed besides."""
+
+    def __init__(self, encoder: ChunkEncoder, memories: Sequence[Memory], texts: set[str]) -> None:
+        self.computed: set[str] = set()
+        self._kept: dict[str, Tensor] = {}
+        for memory in memories:
+            ids = {document.id for document in memory.documents if document.text in texts}
+            for slab in memory.state.slabs if ids else ():
+                for chunk, tensor in slab.tensors():
+                    if any(span.document_id in ids for span in chunk.spans):
+                        self._kept.setdefault(encoder.key(chunk), tensor)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._kept
+
+    def get(self, key: str) -> Tensor:
+        return self._kept[key]
+
+    def put(self, key: str, chunk: Tensor) -> bool:
+        new = key not in self.computed
+        self.computed.add(key)
+        return new
+
+
+def _gathered(
+    engine: FocusEngine, together: list[Document], memories: Sequence[Memory], check: Callable[[], None]
+) -> tuple[Memory, int]:
+    """Return a memory of these documents, and the tokens computed: the memory that holds most of them is taken over,
+    and of the others each chunk that is there.
+    """
+    known = [memory for memory in memories if _is_of(memory, engine)]
+    shared = [_shared(memory, together, engine) for memory in known]
+    best = max(range(len(known)), key=lambda index: len(shared[index]), default=None)
+    part = known[best].subset(shared[best]) if best is not None and shared[best] else engine.remember([])
+    missing = {document.text for document in together if document.id not in part}
+    places = _Known(engine.encoder, known, missing)
+    held = Memory(engine.encoder, places, part.state)
+    held.add(together, check=check)
+    held.store = None
+    before = set(map(id, part.chunks))
+    new = [chunk for chunk in held.chunks if id(chunk) not in before] if places.computed else []
+    return held, sum(len(chunk.ids) for chunk in new if engine.encoder.key(chunk) in places.computed)
+
+
+def _is_of(memory: Memory, engine: FocusEngine) -> bool:
+    same_model = memory.encoder.base is engine.base and memory.encoder.config == engine.config
+    return same_model and memory.encoder.sink == engine.sink
 
 
 def _shared(memory: Memory, together: list[Document], engine: FocusEngine) -> list[str]:
     """Return the documents of a memory that can be taken over; where order counts, only in the same order."""
-    same_model = memory.encoder.base is engine.base and memory.encoder.config == engine.config
-    if not same_model or memory.encoder.sink != engine.sink:
-        return []
     if engine.config.positions == "ordered":
         pairs = zip(memory.documents, together, strict=False)
-        return [one.id for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        alike = itertools.takewhile(lambda pair: (pair[0].id, pair[0].text) == (pair[1].id, pair[1].text), pairs)
+        return [one.id for one, _ in alike]
     texts = {document.id: document.text for document in together}
     return [one.id for one in memory.documents if texts.get(one.id) == one.text]
 
@@ -247,14 +370,3 @@ def _shared(memory: Memory, together: list[Document], engine: FocusEngine) -> li
 def _forget(kept: OrderedDict[Any, Any], most: int) -> None:
     while len(kept) > most:
         kept.popitem(last=False)
-
-
-def _saved_text(folder: str | Path) -> str:
-    path = Path(folder) / "documents.jsonl"
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def _identity(documents: Any) -> tuple[Any, ...]:
-    """Return what tells whether documents are still the same: their objects and texts."""
-    several = documents if isinstance(documents, (list, tuple)) else [documents]
-    return tuple((id(item), hash(getattr(item, "page_content", None) or getattr(item, "text", ""))) for item in several)

@@ -139,6 +139,10 @@ class LongMemory:
             memory = memory.subset(kept_ids(memory.documents, wanted))
         return recall(self.engine, memory, query, k)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LongMemory:
+        """Share what is remembered: a copy of an agent has the same memory."""
+        return self
+
     def _save(self) -> None:
         if self.folder is not None:
             self.memory.save(self.folder)

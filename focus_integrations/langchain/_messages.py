@@ -10,10 +10,19 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
 from langchain_core.messages.block_translators import register_translator
 
 from focus_core.errors import ConfigError, NotTextError
@@ -21,17 +30,37 @@ from focus_core.model.chat import Message, Role, Tool, ToolCall
 from focus_core.text.corpus import Document
 from focus_integrations.langchain._model import PROVIDER
 
+_CLASSES: dict[type[BaseMessage], Role] = {
+    HumanMessage: "user",
+    AIMessage: "assistant",
+    SystemMessage: "system",
+    ToolMessage: "tool",
+    FunctionMessage: "tool",
+}
 _ROLES: dict[str, Role] = {
     "human": "user",
     "user": "user",
     "ai": "assistant",
     "assistant": "assistant",
+    "model": "assistant",
     "system": "system",
     "developer": "system",
     "tool": "tool",
     "function": "tool",
 }
-_SILENT = ("tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "reasoning", "thinking", "non_standard")
+_SILENT = (
+    "tool_use",
+    "tool_call_chunk",
+    "server_tool_use",
+    "server_tool_call_chunk",
+    "reasoning",
+    "thinking",
+    "redacted_thinking",
+    "refusal",
+    "citation",
+    "non_standard",
+)
+"""Blocks that may say nothing here: what providers keep of their own work, besides their calls and results."""
 
 
 def to_messages(messages: Sequence[BaseMessage]) -> tuple[list[Message], list[Document]]:
@@ -85,9 +114,7 @@ def to_choice(choice: Any, tools: Sequence[Tool]) -> str:
 
 
 def _to_message(message: BaseMessage, documents: list[Document]) -> Message:
-    role = _ROLES.get(getattr(message, "role", message.type))
-    if role is None:
-        raise ConfigError(f"a message has the unknown role {getattr(message, 'role', message.type)!r}")
+    role = _role(message)
     content = _text(message.content, documents)
     if isinstance(message, AIMessage):
         calls = tuple(ToolCall(call["id"] or "", call["name"], dict(call["args"])) for call in message.tool_calls)
@@ -98,25 +125,42 @@ def _to_message(message: BaseMessage, documents: list[Document]) -> Message:
     return Message(role, content, name=message.name if role == "tool" else None)
 
 
+def _role(message: BaseMessage) -> Role:
+    known = next((role for kind, role in _CLASSES.items() if isinstance(message, kind)), None)
+    said = message.role if isinstance(message, ChatMessage) else message.type
+    role = known or _ROLES.get(said.lower())
+    if role is None:
+        raise ConfigError(f"a message has the unknown role {said!r}; use one of {', '.join(_ROLES)}")
+    return role
+
+
 def _text(content: str | Sequence[Any], documents: list[Document]) -> str:
     if isinstance(content, str):
         return content
-    pieces = []
-    for block in content:
-        kind = block.get("type", "text") if isinstance(block, Mapping) else "text"
-        if isinstance(block, str):
-            pieces.append(block)
-        elif kind in ("text-plain", "file"):
-            document = _document(block)
+    return "\n".join(text for block in content if (text := _block(block, documents)) is not None)
+
+
+def _block(block: Any, documents: list[Document]) -> str | None:
+    """Return what a block says, or ``None`` where it says nothing; attached documents are put aside."""
+    if isinstance(block, str):
+        return block
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"a message's content must be text or blocks; got {type(block).__name__}")
+    kind = block.get("type", "text")
+    if kind in ("text-plain", "file"):
+        document = _document(block)
+        if document.text.strip():
             documents.append(document)
-            pieces.append(f"[{document.id}]")
-        elif isinstance(block.get("text"), str):
-            pieces.append(block["text"])
-        elif kind == "json" or "json" in block:
-            pieces.append(str(block.get("json")))
-        elif kind not in _SILENT:
-            raise ConfigError(f"this model reads text only; got a block of type {kind!r}; leave it out")
-    return "\n".join(pieces)
+        return f"[{document.id}]"
+    for name in ("text", "refusal", "json", "output", "content") if kind != "reasoning" else ():
+        said = block.get(name)
+        if isinstance(said, (list, tuple)) and any(isinstance(one, Mapping) and "type" in one for one in said):
+            return _text(said, documents)
+        if said is not None:
+            return said if isinstance(said, str) else json.dumps(said, ensure_ascii=False, default=str)
+    if kind in _SILENT or kind.endswith(("_call", "_result")):
+        return None
+    raise ConfigError(f"this model reads text only; got a block of type {kind!r}; leave it out")
 
 
 def _document(block: Mapping[str, Any]) -> Document:

@@ -7,11 +7,11 @@ use and never belongs to a model object, so models are cheap to make, copy and p
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, Literal, Self
 
+from langchain_core.callbacks import BaseRunManager, CallbackManager
 from langchain_core.globals import get_llm_cache
 from langchain_core.retrievers import BaseRetriever
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SecretStr
@@ -20,7 +20,7 @@ from focus_core.answers import Answer, AnswerStream
 from focus_core.config import DecodeConfig
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
-from focus_core.session.documents import citations, source_dicts, to_documents, written
+from focus_core.session.documents import canonical, citations, fingerprint, source_dicts
 from focus_core.session.engines import Held, MemoryHolder, engine_fingerprint, shared_engine
 from focus_core.store.memory import Memory
 
@@ -29,6 +29,9 @@ CONFIG = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True, protect
 """Of every model class: an unknown parameter is an error, not ignored."""
 CAPACITY = 1_000_000
 """Tokens that a prompt may have: memory has no window, so this is what a laptop's RAM holds of chunk KV."""
+
+running: ContextVar[BaseRunManager | None] = ContextVar("focusllm_running", default=None)
+"""The traced run that a call belongs to, where langchain-core does not hand it on."""
 
 _SAMPLING = (
     "max_tokens",
@@ -99,26 +102,70 @@ class FocusCorpus(BaseModel):
         name = other if other not in (None, self.model) else self.model
         return shared_engine(name, self.adapter, self.chunk_size, self.device, self.dtype)
 
+    def _find(self, query: str, run_manager: BaseRunManager | None) -> list[Any]:
+        """Return what the retriever finds; its run is traced as a child of ``run_manager``'s."""
+        if self.retriever is None:
+            return []
+        callbacks = _children(run_manager or running.get())
+        return self.retriever.invoke(query, config={"callbacks": callbacks} if callbacks is not None else None)
+
     def _hold(
-        self, engine: FocusEngine, query: str, extra: list[Any], kwargs: Mapping[str, Any], check: Callable[[], None]
+        self, engine: FocusEngine, extra: Sequence[Any], kwargs: Mapping[str, Any], check: Callable[[], None]
     ) -> Held:
         """Return what a call reads: documents of model and call, and the call's memory or else the model's."""
-        given = kwargs.get("memory", kwargs.get("memory_path"))
-        found = written(self.retriever.invoke(query)) if self.retriever is not None else []
-        more = [*to_documents(kwargs["documents"]), *extra] if kwargs.get("documents") is not None else extra
-        return self.holder.hold(
-            engine,
-            self.documents,
-            given if given is not None else self._own_memory(),
-            [*found, *more],
-            kwargs.get("memory_filter", self.memory_filter),
-            check,
-        )
+        more = self._brought(kwargs)
+        memory, wanted = self._memory_of(kwargs), kwargs.get("memory_filter", self.memory_filter)
+        return self.holder.hold(engine, self.documents, memory, [*more, *extra], wanted, check)
+
+    def _brought(self, kwargs: Mapping[str, Any]) -> list[Any]:
+        """Return the documents and memories that a call brings along."""
+        given = kwargs.get("documents")
+        if given is None:
+            return []
+        several = list(given) if isinstance(given, (list, tuple)) else [given]
+        memories = [item for item in several if isinstance(item, Memory)]
+        if not memories:
+            return list(self.holder.documents(given))
+        return [*memories, *self.holder.documents([item for item in several if not isinstance(item, Memory)])]
+
+    def _memory_of(self, kwargs: Mapping[str, Any]) -> Memory | str | None:
+        for name in ("memory", "memory_path"):
+            if kwargs.get(name) is not None:
+                return kwargs[name]  # type: ignore[no-any-return]
+        return self._own_memory()
 
     def _own_memory(self) -> Memory | str | None:
         if self.memory is not None and not isinstance(self.memory, Memory):
             raise ConfigError(f"memory must be made by FocusEngine.remember; got {type(self.memory).__name__}")
         return self.memory if self.memory is not None else self.memory_path
+
+    # -- copies -------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Share weights, memory and what was read with the original."""
+        memo = {} if memo is None else memo
+        several = self.documents if isinstance(self.documents, (list, tuple)) else [self.documents]
+        once = [item for item in several if isinstance(item, (Memory, Iterator))]
+        memo.update({id(one): one for one in (self.engine, self.memory, *once) if one is not None})
+        return super().__deepcopy__(memo)
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Refuse what no other process could find again."""
+        for name, instead in (("engine", "model= and adapter="), ("memory", "memory_path=")):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"a model with {name}= lives in one process and cannot be pickled; give {instead}")
+        return super().__getstate__()
+
+
+def _children(run: BaseRunManager | None) -> CallbackManager | None:
+    """Return the callbacks of a run's children, for blocking calls."""
+    if run is None:
+        return None
+    manager = CallbackManager(handlers=[], parent_run_id=run.run_id)
+    manager.set_handlers(run.inheritable_handlers)
+    manager.add_tags(run.inheritable_tags)
+    manager.add_metadata(run.inheritable_metadata)
+    return manager
 
 
 class FocusModel(FocusCorpus):
@@ -156,8 +203,8 @@ class FocusModel(FocusCorpus):
     """How they are read: run in front of the question, or their chunk KV moved there."""
     chunks_per_batch: int | None = None
     """Chunks run together in a step; chosen from free memory if not given."""
-    timeout: float | None = None
-    """Most seconds of a call; then it is stopped and raises ``TimeoutError``."""
+    timeout: float | None = Field(default=None, gt=0)
+    """Most seconds that a caller waits, for whatever; then the call is stopped and raises ``TimeoutError``."""
     streaming: bool = False
     """Stream inside ``invoke``, so that callbacks hear every token."""
     max_retries: int | None = None
@@ -184,55 +231,50 @@ class FocusModel(FocusCorpus):
         ends = stop if stop is not None else self.stop
         return DecodeConfig(**values, stop=tuple([ends] if isinstance(ends, str) else ends or ()))
 
-    @contextmanager
-    def _limited(self, stream: AnswerStream, kwargs: Mapping[str, Any]) -> Iterator[AnswerStream]:
-        """Stop the stream when the block is left or the time is over."""
+    def _seconds(self, kwargs: Mapping[str, Any]) -> float | None:
+        """Return the time limit of a call.
+
+        Raises:
+            ConfigError: it is no positive number.
+        """
         seconds = kwargs.get("timeout", self.timeout)
-        expired = threading.Event()
-
-        def expire() -> None:
-            expired.set()
-            stream.cancel()
-
-        timer = threading.Timer(seconds, expire) if seconds is not None else None
-        if timer is not None:
-            timer.daemon = True
-            timer.start()
-        try:
-            with stream:
-                yield stream
-        finally:
-            if timer is not None:
-                timer.cancel()
-        if expired.is_set() and stream.answer.finish_reason == "cancelled":
-            raise TimeoutError(f"the answer took more than {seconds} seconds; raise timeout or lower max_tokens")
+        if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
+            raise ConfigError(f"timeout must be a number of seconds above 0, or None; got {seconds!r}")
+        return seconds
 
     # -- facts --------------------------------------------------------------------------------------------------
+
+    def _cached(self) -> bool:
+        """Whether an LLM cache is in use."""
+        cached = getattr(self, "cache", None)
+        return cached is not False and (cached is not None or get_llm_cache() is not None)
+
+    def _cacheable(self) -> Self:
+        """Return the model as it may be cached: what a retriever finds is known only when it was asked."""
+        return self if self.retriever is None else self.model_copy(update={"cache": False})
 
     def _facts(self, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return everything an answer depends on, the corpus included: this makes the LLM cache's keys.
 
-        Weights are named by their hash when they are loaded or a cache is in use, else by name: describing a model for
-        a trace loads nothing.
+        Where no cache is in use, weights and corpus are left out: describing a model for a trace loads and reads
+        nothing.
         """
         kwargs = kwargs or {}
-        cached = getattr(self, "cache", None)
-        in_use = cached is not False and (bool(cached) or get_llm_cache() is not None)
-        if self.engine is not None or in_use:
-            model = engine_fingerprint(self._get_engine(kwargs))
-        else:
-            model = f"{kwargs.get('model') or self.model}-{self.adapter}-{self.dtype}-{self.chunk_size}-{self.device}"
-        given = kwargs.get("memory", kwargs.get("memory_path"))
-        own = given if given is not None else self._own_memory()
+        options = {name: kwargs.get(name, getattr(self, name)) for name in (*_SAMPLING, "template", "citations")}
+        facts = {"name": kwargs.get("model") or self.model, **options, "own_stop": self.stop}
+        if not self._cached() or self.retriever is not None:
+            return facts
+        engine = self._get_engine(kwargs)
         wanted = kwargs.get("memory_filter", self.memory_filter)
         return {
-            "model": model,
-            "memory": self.holder.fingerprint(self.documents, own),
-            "memory_filter": repr(wanted),
-            "call_documents": self.holder.fingerprint(kwargs.get("documents")),
-            "retriever": repr(self.retriever),
-            **{name: kwargs.get(name, getattr(self, name)) for name in (*_SAMPLING, "template", "citations")},
-            "stop": self.stop,
+            **facts,
+            "model": engine_fingerprint(engine),
+            "corpus": fingerprint(self.holder.choice(engine, self.documents, self._memory_of(kwargs), wanted)),
+            "call_documents": [
+                fingerprint(item.documents if isinstance(item, Memory) else [item]) for item in self._brought(kwargs)
+            ],
+            "call": canonical({name: value for name, value in kwargs.items() if name not in _PER_CALL}),
+            "output_version": getattr(self, "output_version", None),
         }
 
     def _name(self, engine: FocusEngine, kwargs: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ are always well formed. The model is loaded at first use and shared by the proce
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, Literal, Self
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, BaseRunManager, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
@@ -39,9 +38,20 @@ from focus_core.session import concurrency
 from focus_core.session.engines import Held
 from focus_core.session.pieces import trimmed
 from focus_integrations.langchain._messages import to_choice, to_messages, to_tools
-from focus_integrations.langchain._model import CAPACITY, CONFIG, PROVIDER, FocusModel, usage_of
+from focus_integrations.langchain._model import CAPACITY, CONFIG, PROVIDER, FocusModel, running, usage_of
 
 _KNOWN = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "strict", "stream")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked, and by whom."""
+
+    messages: list[BaseMessage]
+    stop: list[str] | None
+    kwargs: dict[str, Any]
+    cancelled: threading.Event
+    run_manager: BaseRunManager | None
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,10 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         return self._facts()
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        return str(sorted({**self._facts(kwargs), "call": repr(sorted(kwargs.items(), key=str)), "ends": stop}.items()))
+        given = {name: value for name, value in kwargs.items() if not name.startswith("ls_")}
+        if "response_format" in given:
+            given["response_format"] = _schema_of(given["response_format"])
+        return str(sorted({**self._facts(given), "ends": stop}.items()))
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
         params = super()._get_ls_params(stop=stop, **kwargs)
@@ -138,6 +151,34 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
 
     # -- answers ------------------------------------------------------------------------------------------------
 
+    def _generate_with_cache(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        token = running.set(run_manager)
+        try:
+            own: Any = super(ChatFocusLLM, self._cacheable())
+            return own._generate_with_cache(messages, stop, run_manager, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            running.reset(token)
+
+    async def _agenerate_with_cache(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        token = running.set(run_manager)
+        try:
+            own: Any = super(ChatFocusLLM, self._cacheable())
+            return await own._agenerate_with_cache(messages, stop, run_manager, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            running.reset(token)
+
     def _generate(
         self,
         messages: list[BaseMessage],
@@ -145,7 +186,8 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return self._result(messages, stop, kwargs, threading.Event())
+        request = _Request(messages, stop, kwargs, threading.Event(), run_manager)
+        return concurrency.within(self._seconds(kwargs), lambda: self._result(request), request.cancelled)
 
     async def _agenerate(
         self,
@@ -154,7 +196,10 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return await concurrency.call(lambda cancelled: self._result(messages, stop, kwargs, cancelled))
+        return await concurrency.call(
+            lambda cancelled: self._result(_Request(messages, stop, kwargs, cancelled, run_manager)),
+            self._seconds(kwargs),
+        )
 
     def _stream(
         self,
@@ -163,7 +208,9 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        for chunk in self._chunks(messages, stop, kwargs, threading.Event()):
+        request = _Request(messages, stop, kwargs, threading.Event(), run_manager)
+        pieces = concurrency.iterate_within(self._seconds(kwargs), lambda: self._chunks(request), request.cancelled)
+        for chunk in pieces:
             if run_manager:
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
@@ -175,54 +222,55 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        async for chunk in concurrency.iterate(lambda cancelled: self._chunks(messages, stop, kwargs, cancelled)):
+        pieces = concurrency.iterate(
+            lambda cancelled: self._chunks(_Request(messages, stop, kwargs, cancelled, run_manager)),
+            self._seconds(kwargs),
+        )
+        async for chunk in pieces:
             if run_manager:
                 await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
 
-    def _result(
-        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event
-    ) -> ChatResult:
-        call = self._begin(messages, stop, kwargs, cancelled)
-        with self._limited(call.stream, kwargs):
+    def _result(self, request: _Request) -> ChatResult:
+        call = self._begin(request)
+        with call.stream:
             text = "".join(delta.text for delta in _deltas(call)).strip()
         parser = call.parser or ToolCallParser()
         message = AIMessage(
             content=text,
             tool_calls=[tool_call(name=one.name, args=one.arguments, id=one.id) for one in parser.calls],
             invalid_tool_calls=[
-                invalid_tool_call(name=name, args=arguments, id=key, error="the call was cut off")
+                invalid_tool_call(name=name, args=arguments, id=key, error="the call was cut off or is no JSON")
                 for key, name, arguments in parser.broken
             ],
-            **self._about(call, text, kwargs),
+            **self._about(call, text, request.kwargs),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
-    def _chunks(
-        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event
-    ) -> Iterator[ChatGenerationChunk]:
-        call = self._begin(messages, stop, kwargs, cancelled)
+    def _chunks(self, request: _Request) -> Iterator[ChatGenerationChunk]:
+        call = self._begin(request)
         text = ""
-        with self._limited(call.stream, kwargs):
+        with call.stream:
             for delta in _deltas(call):
                 text += delta.text
                 yield ChatGenerationChunk(message=_chunk(delta))
-        last = AIMessageChunk(content="", chunk_position="last", **self._about(call, text, kwargs))
+        last = AIMessageChunk(content="", chunk_position="last", **self._about(call, text, request.kwargs))
         yield ChatGenerationChunk(message=last)
 
-    def _begin(
-        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event
-    ) -> _Call:
+    def _begin(self, request: _Request) -> _Call:
         """Start a request: what does not fit the window, and attached documents, become memory."""
-        decode, engine = self._decode(stop, kwargs, _KNOWN), self._get_engine(kwargs)
-        said, attached = to_messages(messages)
+        kwargs, cancelled = request.kwargs, request.cancelled
+        check_cancelled(cancelled)
+        decode, engine = self._decode(request.stop, kwargs, _KNOWN), self._get_engine(kwargs)
+        said, attached = to_messages(request.messages)
         tools = to_tools(kwargs.get("tools") or ())
         choice = to_choice(kwargs.get("tool_choice"), tools)
         parallel = kwargs.get("parallel_tool_calls")
         query = next((one.content for one in reversed(said) if one.role == "user"), "")
         said = self._asked(engine, said, kwargs)
         overflow, kept = engine.fit(said, tools if choice != "none" else (), decode.max_tokens)
-        held = self._hold(engine, query, [*attached, *overflow], kwargs, lambda: check_cancelled(cancelled))
+        extra = [*self._find(query, request.run_manager), *attached, *overflow]
+        held = self._hold(engine, extra, kwargs, lambda: check_cancelled(cancelled))
         stream = engine.chat(
             kept,
             held.memory,
@@ -233,8 +281,7 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
             decode=decode,
             cancelled=cancelled,
         )
-        request = hashlib.sha256(repr((said, tools, decode)).encode("utf-8", "surrogatepass")).hexdigest()
-        return _Call(engine, stream, held, ToolCallParser(request) if tools and choice != "none" else None)
+        return _Call(engine, stream, held, ToolCallParser() if tools and choice != "none" else None)
 
     def _asked(self, engine: FocusEngine, said: list[Message], kwargs: Mapping[str, Any]) -> list[Message]:
         """Put the last question as the adapter was trained, if that is asked for."""

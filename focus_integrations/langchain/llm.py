@@ -6,11 +6,13 @@ is loaded at first use and shared by the process.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -28,15 +30,17 @@ from focus_core.text.corpus import Document
 from focus_integrations.langchain._model import CONFIG, PROVIDER, FocusModel, usage_of
 
 _call_options: ContextVar[Mapping[str, Any]] = ContextVar("focusllm_call_options", default=MappingProxyType({}))
+_runs: ContextVar[Sequence[Any]] = ContextVar("focusllm_runs", default=())
+"""Of every prompt of a call, where langchain-core hands on the first one's alone."""
 
 
 @contextmanager
-def _options_of_call(kwargs: Mapping[str, Any]) -> Iterator[None]:
-    token = _call_options.set(kwargs)
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _call_options.reset(token)
+        variable.reset(token)
 
 
 class FocusLLM(FocusModel, BaseLLM):
@@ -79,8 +83,9 @@ class FocusLLM(FocusModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         """Answer several prompts; what the call itself gives is part of the cache's key here."""
-        with _options_of_call(kwargs):
-            return super().generate(
+        own: Any = super(FocusLLM, self._cacheable())
+        with _set(_call_options, kwargs):
+            return own.generate(  # type: ignore[no-any-return]
                 prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **kwargs
             )
 
@@ -97,8 +102,9 @@ class FocusLLM(FocusModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         """Answer several prompts beside the event loop; see :meth:`generate`."""
-        with _options_of_call(kwargs):
-            return await super().agenerate(
+        own: Any = super(FocusLLM, self._cacheable())
+        with _set(_call_options, kwargs):
+            return await own.agenerate(  # type: ignore[no-any-return]
                 prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **kwargs
             )
 
@@ -116,6 +122,22 @@ class FocusLLM(FocusModel, BaseLLM):
         """Return the model's own token ids."""
         return self._get_engine().tokenizer.encode(text)
 
+    def _generate_helper(
+        self, prompts: list[str], stop: list[str] | None, run_managers: list[CallbackManagerForLLMRun], **kwargs: Any
+    ) -> LLMResult:
+        with _set(_runs, run_managers):
+            return super()._generate_helper(prompts, stop, run_managers, **kwargs)
+
+    async def _agenerate_helper(
+        self,
+        prompts: list[str],
+        stop: list[str] | None,
+        run_managers: list[AsyncCallbackManagerForLLMRun],
+        **kwargs: Any,
+    ) -> LLMResult:
+        with _set(_runs, run_managers):
+            return await super()._agenerate_helper(prompts, stop, run_managers, **kwargs)
+
     def _generate(
         self,
         prompts: list[str],
@@ -123,7 +145,17 @@ class FocusLLM(FocusModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return self._generate_all(prompts, stop, kwargs, threading.Event())
+        cancelled, runs = threading.Event(), _runs.get() or [run_manager] * len(prompts)
+
+        def answer(request: _Request) -> GenerationChunk:
+            if not self.streaming:
+                return _sum(self._chunks(request))
+            return _sum(_heard(self._chunks(request), request.run_manager))
+
+        def work() -> list[GenerationChunk]:
+            return run_together(answer, _requests(prompts, stop, kwargs, cancelled, runs), cancelled)
+
+        return self._results(concurrency.within(self._seconds(kwargs), work, cancelled), kwargs)
 
     async def _agenerate(
         self,
@@ -132,23 +164,29 @@ class FocusLLM(FocusModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return await concurrency.call(lambda cancelled: self._generate_all(prompts, stop, kwargs, cancelled))
+        runs = _runs.get() or [run_manager] * len(prompts)
+        if self.streaming:
+            several = zip(prompts, runs, strict=True)
+            found = await asyncio.gather(*(self._aheard(prompt, stop, run, kwargs) for prompt, run in several))
+            return self._results(found, kwargs)
 
-    def _generate_all(
-        self, prompts: list[str], stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event
-    ) -> LLMResult:
-        def answer(prompt: str) -> tuple[Answer, dict[str, Any]]:
-            stream, held = self._start(prompt, stop, kwargs, cancelled)
-            with self._limited(stream, kwargs):
-                return stream.answer, self._about(stream.answer, stream, held, kwargs)
+        def work(cancelled: threading.Event) -> list[GenerationChunk]:
+            requests = _requests(prompts, stop, kwargs, cancelled, runs)
+            return run_together(lambda request: _sum(self._chunks(request)), requests, cancelled)
 
-        answers = run_together(answer, prompts, cancelled)
-        generations = [[Generation(text=answer.text, generation_info=info)] for answer, info in answers]
+        return self._results(await concurrency.call(work, self._seconds(kwargs)), kwargs)
+
+    async def _aheard(self, prompt: str, stop: list[str] | None, run: Any, kwargs: dict[str, Any]) -> GenerationChunk:
+        return _sum([chunk async for chunk in self._astream(prompt, stop, run, **kwargs)])
+
+    def _results(self, found: Sequence[GenerationChunk], kwargs: dict[str, Any]) -> LLMResult:
+        infos = [one.generation_info or {} for one in found]
+        generations = [[Generation(text=one.text, generation_info=one.generation_info)] for one in found]
         total = {
-            "prompt_tokens": sum(answer.usage.local + answer.usage.memory for answer, _ in answers),
-            "completion_tokens": sum(answer.usage.generated for answer, _ in answers),
+            "prompt_tokens": sum(info["usage"]["input_tokens"] for info in infos),
+            "completion_tokens": sum(info["usage"]["output_tokens"] for info in infos),
+            "total_tokens": sum(info["usage"]["total_tokens"] for info in infos),
         }
-        total["total_tokens"] = total["prompt_tokens"] + total["completion_tokens"]
         name = self._name(self._get_engine(kwargs), kwargs)
         return LLMResult(generations=generations, llm_output={"token_usage": total, "model_name": name})
 
@@ -159,10 +197,9 @@ class FocusLLM(FocusModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        for chunk in self._chunks(prompt, stop, kwargs, threading.Event()):
-            if run_manager:
-                run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-            yield chunk
+        request = _Request(prompt, stop, kwargs, threading.Event(), run_manager)
+        pieces = concurrency.iterate_within(self._seconds(kwargs), lambda: self._chunks(request), request.cancelled)
+        yield from _heard(pieces, run_manager)
 
     async def _astream(
         self,
@@ -171,28 +208,31 @@ class FocusLLM(FocusModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        async for chunk in concurrency.iterate(lambda cancelled: self._chunks(prompt, stop, kwargs, cancelled)):
+        pieces = concurrency.iterate(
+            lambda cancelled: self._chunks(_Request(prompt, stop, kwargs, cancelled, run_manager)),
+            self._seconds(kwargs),
+        )
+        async for chunk in pieces:
             if run_manager:
                 await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
 
-    def _chunks(
-        self, prompt: str, stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event
-    ) -> Iterator[GenerationChunk]:
-        stream, held = self._start(prompt, stop, kwargs, cancelled)
-        with self._limited(stream, kwargs):
+    def _chunks(self, request: _Request) -> Iterator[GenerationChunk]:
+        stream, held = self._start(request)
+        with stream:
             for piece in trimmed(iter(stream)):
                 yield GenerationChunk(text=piece)
-            yield GenerationChunk(text="", generation_info=self._about(stream.answer, stream, held, kwargs))
+            info = self._about(stream.answer, stream, held, request.kwargs)
+        yield GenerationChunk(text="", generation_info=info)
 
-    def _start(
-        self, prompt: str, stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event
-    ) -> tuple[AnswerStream, Held]:
+    def _start(self, request: _Request) -> tuple[AnswerStream, Held]:
         """Begin an answer to a prompt of any length: what does not fit the window becomes memory."""
-        decode, engine = self._decode(stop, kwargs), self._get_engine(kwargs)
-        head, tail = engine.split_prompt(prompt)
-        extra = [Document("prompt", head)] if head.strip() else []
-        held = self._hold(engine, tail, extra, kwargs, lambda: check_cancelled(cancelled))
+        kwargs, cancelled = request.kwargs, request.cancelled
+        check_cancelled(cancelled)
+        decode, engine = self._decode(request.stop, kwargs), self._get_engine(kwargs)
+        head, tail = engine.split_prompt(request.prompt)
+        extra = [*self._find(tail, request.run_manager), *([Document("prompt", head)] if head.strip() else [])]
+        held = self._hold(engine, extra, kwargs, lambda: check_cancelled(cancelled))
         template = kwargs.get("template", self.template)
         return engine.stream(tail, held.memory, decode=decode, template=template, cancelled=cancelled), held
 
@@ -200,3 +240,32 @@ class FocusLLM(FocusModel, BaseLLM):
         info = self._info(self._get_engine(kwargs), answer, stream, held, kwargs)
         usage = usage_of(answer, held) | {"memory_tokens": answer.usage.memory, "chunks": answer.usage.chunks}
         return {**info, "usage": usage}
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked, and by whom."""
+
+    prompt: str
+    stop: list[str] | None
+    kwargs: dict[str, Any]
+    cancelled: threading.Event
+    run_manager: Any
+
+
+def _requests(
+    prompts: list[str], stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event, runs: Sequence[Any]
+) -> list[_Request]:
+    return [_Request(prompt, stop, kwargs, cancelled, run) for prompt, run in zip(prompts, runs, strict=True)]
+
+
+def _heard(chunks: Iterator[GenerationChunk], run_manager: Any) -> Iterator[GenerationChunk]:
+    for chunk in chunks:
+        if run_manager:
+            run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+        yield chunk
+
+
+def _sum(chunks: Iterable[GenerationChunk]) -> GenerationChunk:
+    found = list(chunks)
+    return GenerationChunk(text="".join(chunk.text for chunk in found), generation_info=found[-1].generation_info)

@@ -9,7 +9,11 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
+from langchain_core.callbacks import (
+    AsyncCallbackManagerForRetrieverRun,
+    BaseRunManager,
+    CallbackManagerForRetrieverRun,
+)
 from langchain_core.documents import Document
 from langchain_core.language_models import LanguageModelLike
 from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
@@ -56,21 +60,29 @@ class FocusRetriever(FocusCorpus, BaseRetriever):
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
     ) -> list[Document]:
-        return self._ranked(query, k, kwargs, threading.Event())
+        return self._ranked(query, k, kwargs, threading.Event(), run_manager)
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
     ) -> list[Document]:
-        return await concurrency.call(lambda cancelled: self._ranked(query, k, kwargs, cancelled))
+        return await concurrency.call(lambda cancelled: self._ranked(query, k, kwargs, cancelled, run_manager))
 
-    def _ranked(self, query: str, k: int | None, kwargs: dict[str, Any], cancelled: threading.Event) -> list[Document]:
+    def _ranked(
+        self,
+        query: str,
+        k: int | None,
+        kwargs: dict[str, Any],
+        cancelled: threading.Event,
+        run_manager: BaseRunManager,
+    ) -> list[Document]:
         unknown = sorted(set(kwargs) - {"documents", "memory", "memory_path", "memory_filter"})
         if unknown:
             raise ConfigError(
                 f"unknown option {', '.join(unknown)}; a retriever takes k, documents, memory, memory_filter"
             )
         engine = self._get_engine()
-        held = self._hold(engine, query, [], kwargs, lambda: check_cancelled(cancelled))
+        found = self._find(query, run_manager)
+        held = self._hold(engine, found, kwargs, lambda: check_cancelled(cancelled))
         if held.memory is None and self.retriever is None:
             raise ConfigError("a retriever needs something to read; give documents, memory, memory_path or retriever")
         if held.memory is None or not held.memory.chunks:

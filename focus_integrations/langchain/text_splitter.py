@@ -56,12 +56,10 @@ class FocusTextSplitter(TextSplitter):
             bound = f"between 1 and {config.largest_chunk}" if engine is not None else "at least 1"
             raise ConfigError(f"chunk_size must be {bound}; got {size}")
         super().__init__(chunk_size=size, chunk_overlap=0, length_function=self._count, add_start_index=True)
-        self._model, self._given, self._engine = model, tokenizer, engine
+        self._model, self._given = model, engine.tokenizer.tokenizer if engine is not None else tokenizer
 
     @cached_property
     def _tokenizer(self) -> TextTokenizer:
-        if self._engine is not None:
-            return self._engine.tokenizer
         return TextTokenizer(self._given if self._given is not None else load_tokenizer(self._model))
 
     def split_text(self, text: str) -> list[str]:

@@ -179,10 +179,15 @@ def test_calls_round_trip_and_streams_agree():
         ("<tool_call>[1]</tool_call> and more", []),
         ("<tool", []),
         ("", []),
+        ('<tool_call>{"name": "\\q", "arguments": {}}</tool_call>', []),
+        ('<tool_call>{"name": "a\nb", "arguments": {}}</tool_call>', []),
+        ('<tool_call>{"name": "a\nb", "arguments": {}}', []),
+        ('<tool_call>{"a": ' + "[" * 100_000 + "</tool_call>", []),
+        ('<tool_call>{"arguments": "' + "[" * 100_000 + '", "name": "f"}</tool_call>', []),
     ],
 )
 def test_odd_calls(text, calls):
-    """Other orders and string arguments are read; what is no call stays text."""
+    """Other orders and string arguments are read; what is no call, in whatever way, stays text."""
     said, found = parse_tool_calls(text)
     assert [(call.name, call.arguments) for call in found] == calls
     assert said == ("" if calls else text)
@@ -195,6 +200,23 @@ def test_a_cut_off_call_is_broken_not_invented():
     parser.finish()
     assert parser.calls == []
     assert [(name, arguments) for _, name, arguments in parser.broken] == [("f", '{"a": ')]
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "\\q"}', '{"a": "x\ny"}', '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"])
+def test_arguments_that_are_no_json_are_broken(arguments):
+    """A bad escape, a raw newline or deep nesting in arguments gives a broken call, its text kept, and no traceback."""
+    parser = ToolCallParser()
+    deltas = parser.push(CALL_OPEN + '{"name": "f", "arguments": ' + arguments + "}</tool_call>") + parser.finish()
+    assert parser.calls == []
+    assert [(name, text) for _, name, text in parser.broken] == [("f", arguments)]
+    assert "".join(delta.arguments for delta in deltas) == arguments
+
+
+def test_equal_requests_get_different_ids():
+    """Two parses of one output, as equal requests give, name their calls differently."""
+    text = write_tool_call(CALLS[0])
+    assert parse_tool_calls(text)[1][0].id != parse_tool_calls(text)[1][0].id
+    assert ToolCallParser().request != ToolCallParser().request
 
 
 def test_long_conversations_go_to_memory_word_for_word():

@@ -414,8 +414,8 @@ class Person(BaseModel):
     age: int
 
 
-def test_tools_stream_round_trip_and_repeat():
-    """Streamed call chunks add up to the call; ids repeat for a request and differ between turns."""
+def test_tools_stream_and_round_trip():
+    """Streamed call chunks add up to the call; no two calls have the same id, of equal requests neither."""
 
     def add(a: int, b: int) -> int:
         """Add numbers."""
@@ -430,7 +430,9 @@ def test_tools_stream_round_trip_and_repeat():
     whole = chunks[0]
     for chunk in chunks[1:]:
         whole = whole + chunk
-    assert whole.tool_calls == message.tool_calls
+    assert [{**call, "id": None} for call in whole.tool_calls] == [{**call, "id": None} for call in message.tool_calls]
+    again = bound.invoke("add 3 and 4")
+    assert len({call["id"] for one in (message, whole, again) for call in one.tool_calls}) == 3
     talk = [HumanMessage("add 3 and 4"), message, ToolMessage("7", tool_call_id=message.tool_calls[0]["id"])]
     assert "7" in bound.invoke(talk).content
     later = bound.invoke([*talk, AIMessage("seven"), HumanMessage("add 5 and 6")])
