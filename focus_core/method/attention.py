@@ -87,12 +87,20 @@ def attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, *, so
 
 
 def attend_top(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, top: int, *, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    top: int,
+    *,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> Part:
     """Attend from every query row to the ``top`` keys it scores highest, each head its own. Else as :func:`attend`."""
     if top >= key.shape[2]:
-        return attend(query, key, value, scale, softcap=softcap)
-    best, places = scores_of(query, key, scale, softcap).topk(top, dim=-1)  # (batch, heads, rows, top)
+        return attend(query, key, value, scale, softcap=softcap, bias=bias)
+    scores = scores_of(query, key, scale, softcap)
+    best, places = (scores if bias is None else scores + bias).topk(top, dim=-1)  # (batch, heads, rows, top)
     lse = torch.logsumexp(best, dim=-1)
     weights = torch.zeros(*best.shape[:3], key.shape[2], dtype=best.dtype, device=best.device)
     weights = weights.scatter(-1, places, torch.exp(best - lse.unsqueeze(-1)))

@@ -244,7 +244,7 @@ class ExampleStream:
     ) -> Query:
         """Put whole chunks in front of a local context: the gold ones with others, or others alone.
 
-        Laid out as :meth:`~focus_core.method.reading.Reading.reread` does it.
+        Laid out as :meth:`~focus_core.method.reading.Reading.read_whole` does it.
 
         Args:
             rng: draws.
@@ -273,8 +273,9 @@ class ExampleStream:
             if room < 0:
                 break
             kept.append(number)
-        before = [token for number in sorted(kept) for token in (*chunks[number], *self._gap)]
-        return replace(query, before=tuple(before))
+        kept.sort()
+        before = [token for number in kept for token in (*chunks[number], *self._gap)]
+        return replace(query, whole=tuple(kept), before=tuple(before))
 
     def _made_questions(self, rng: random.Random, count: int) -> list[QuestionRow]:
         """Make questions about passages, and about paragraphs of long texts."""

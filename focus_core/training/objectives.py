@@ -34,14 +34,17 @@ class Query:
         split: s; tokens s..n-1 are targets, tokens before it are given.
         prompt: P, most given tokens before the candidate that run behind the chunks; ``None`` runs all of them.
         gold: numbers of the chunks that hold the answer, if they are known.
-        before: token ids of the passages that are read whole, which stand between sink and local context
-            (:meth:`~focus_core.method.reading.Reading.reread`); they never run behind the chunks.
+        whole: numbers of the chunks that are read whole (:meth:`~focus_core.method.reading.Reading.read_whole`): the
+            local rows do not see their candidates.
+        before: token ids of these chunks, a separator behind each, which stand between sink and local context; they
+            never run behind the chunks.
     """
 
     ids: tuple[int, ...]
     split: int
     prompt: int | None = None
     gold: tuple[int, ...] = ()
+    whole: tuple[int, ...] = ()
     before: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -152,6 +155,7 @@ def _rows(query: Query, sink: int | None) -> Row:
         visible=query.split - 1 - query.injected_from,
         local=[*head, *whole[:-1]],
         shared_rows=len(head) + len(query.before) + query.split,
+        whole=query.whole,
     )
 
 

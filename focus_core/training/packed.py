@@ -31,6 +31,7 @@ class Row(NamedTuple):
         visible: ordinary tokens that the first candidate sees; each later one sees one more.
         local: ids of the local rows.
         shared_rows: local rows that see candidate set 0; each later one sees the next set.
+        whole: numbers of the chunks that the local row holds token by token; it does not see their candidates.
     """
 
     ordinary: Sequence[int]
@@ -38,6 +39,7 @@ class Row(NamedTuple):
     visible: int
     local: Sequence[int]
     shared_rows: int
+    whole: Sequence[int] = ()
 
 
 class _Padding:
@@ -103,17 +105,21 @@ class PackedExample:
         self.suffix_bias = self._suffix_bias()
         self.turn = None
         if base.rotary:
-            there = torch.tensor(list(candidate_positions(count, positions)))[:, None]
+            there = torch.cat([_places(count, row, positions) for row in rows], dim=1)  # (chunks, targets)
             delta = (there - self.candidate_positions.reshape(count, -1)).flatten().to(self._device)
             self.turn = rotation(base.inverse_frequencies.to(self._device), delta)
 
         # 3) local rows; each sees one candidate set
         lengths = [len(row.local) for row in rows]
-        start = local_start(count, positions)
+        self.seen = [count - len(row.whole) for row in rows]
+        starts = [local_start(seen, positions) for seen in self.seen]
         self.local_ids = torch.tensor([token for row in rows for token in row.local])
-        self.local_positions = torch.cat([start + torch.arange(length) for length in lengths])
-        self.locals = _Padding(lengths, self._device)
+        self.local_positions = torch.cat(
+            [start + torch.arange(length) for start, length in zip(starts, lengths, strict=True)]
+        )
+        self.locals, self.lengths = _Padding(lengths, self._device), torch.tensor(lengths, device=self._device)
         self._index_sets(lengths, targets)
+        self.whole_bias = self._whole_bias()
 
     def _suffix_bias(self) -> Tensor | None:
         """(chunks * rows, 1, targets, ordinary): which ordinary tokens a candidate sees."""
@@ -123,6 +129,16 @@ class PackedExample:
         hidden = torch.arange(self.injected.longest) >= seen[:, :, None]
         bias = torch.zeros(hidden.shape).masked_fill_(hidden, HIDDEN).to(self._device)[:, None]
         return bias.repeat(self.chunks.size, 1, 1, 1)
+
+    def _whole_bias(self) -> Tensor | None:
+        """(sets, 1, 1, chunks): which candidates the local rows that see a set do not see."""
+        if not any(row.whole for row in self.rows):
+            return None
+        bias = torch.zeros(len(self.rows), self.chunks.size)
+        for number, row in enumerate(self.rows):
+            bias[number, list(row.whole)] = HIDDEN
+        targets = torch.tensor([len(row.candidates) for row in self.rows])
+        return bias.repeat_interleave(targets, dim=0)[:, None, None].to(self._device)
 
     def _index_sets(self, lengths: Sequence[int], targets: Sequence[int]) -> None:
         """Find each local row's candidate set: first sets for padded rows, then later sets row by row."""
@@ -203,16 +219,19 @@ class PackedExample:
         if layer < scoring.first_layer:
             return local.out.transpose(1, 2)
         top = scoring.top or self.chunks.size
-        first = attend_top(
-            padded[0], self.keys[self.first_sets], self.values[self.first_sets], scale, top, softcap=softcap
-        )
+
+        def attend_sets(rows: Tensor, sets: Tensor) -> Part:
+            bias = None if self.whole_bias is None else self.whole_bias[sets]
+            return attend_top(rows, self.keys[sets], self.values[sets], scale, top, softcap=softcap, bias=bias)
+
+        first = attend_sets(padded[0], self.first_sets)
         out, lse = (_flat(first.out), _flat(first.lse))  # (heads, rows, ...)
         if len(self.later_rows):
             rows = query[0].index_select(1, self.later_rows).transpose(0, 1).unsqueeze(2)
-            keys, values = self.keys[self.later_sets], self.values[self.later_sets]
-            later = attend_top(rows, keys, values, scale, top, softcap=softcap)
+            later = attend_sets(rows, self.later_sets)
             out, lse = torch.cat([out, _flat(later.out)], dim=1), torch.cat([lse, _flat(later.lse)], dim=1)
-        lowered = scoring.lowered(self.chunks.size)
+        lowered = torch.tensor([scoring.lowered(max(seen, 1)) for seen in self.seen], device=lse.device)
+        lowered = lowered.repeat_interleave(self.lengths)
         candidates = Part(
             out.index_select(1, self.places).unsqueeze(0), lse.index_select(1, self.places).unsqueeze(0) - lowered
         )
@@ -313,6 +332,14 @@ def _embedded(
     packed, places = torch.cat(ids).unsqueeze(0).to(base.device), torch.cat(positions).unsqueeze(0).to(base.device)
     hidden = base.embed(packed, places)
     return hidden, base.rope(hidden, places), [len(block) for block in ids]
+
+
+def _places(chunks: int, row: Row, positions: Positions) -> Tensor:
+    """Return (chunks, targets): where a local context sees its candidates; those it does not see stand anywhere."""
+    seen = [number for number in range(chunks) if number not in row.whole]
+    places = torch.zeros(chunks, len(row.candidates), dtype=torch.long)
+    places[seen] = torch.tensor(list(candidate_positions(len(seen), positions)), dtype=torch.long)[:, None]
+    return places
 
 
 def _flat(tensor: Tensor) -> Tensor:
