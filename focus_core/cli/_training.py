@@ -37,6 +37,9 @@ def train(
     chunk_size: Annotated[int, typer.Option(help="Chunk size the adapter will be served with.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many input tokens.")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Stop after this long; run again to go on.")] = None,
+    finish: Annotated[
+        int | None, typer.Option(min=1, help="End the run: the rate falls to zero over so many more steps.")
+    ] = None,
     compact: Annotated[bool, typer.Option(help="Save the adapter as int8 differences.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, of the base. [default: what is fast]")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share each step, on one GPU too.")] = 1,
@@ -79,6 +82,7 @@ def train(
             processes=processes,
             report=count,
             stop=ended,
+            finish=finish,
         )
     if processes.is_main:
         _tell(totals, settings, output)
@@ -227,8 +231,12 @@ def _tell(totals: Any, settings: TrainConfig, output: Path) -> None:
         note.print(f"losses in {plot_loss(output)}")
     except FocusError as error:  # no matplotlib, or stopped before the first step
         note.print(f"no plot: {error}", style="dim", markup=False)
-    if totals.step < settings.steps:
-        note.print(f"stopped after step {totals.step} of {settings.steps}; run the same command again to go on")
+    last = totals.last_step(settings.steps)
+    if totals.step < last:
+        note.print(
+            f"stopped after step {totals.step} of {last}; run the same command again to go on, with --finish STEPS to "
+            "let the rate fall to zero and end"
+        )
     if totals.best is not None:
         note.print(f"lowest held-out loss {totals.best:.4f} after step {totals.best_step}: {output / 'best'}")
     note.print(f"adapter in {output / 'adapter'}; use it with --adapter {output / 'adapter'}")

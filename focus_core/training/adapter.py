@@ -41,6 +41,7 @@ def train_adapter(
     processes: Processes | None = None,
     report: Callable[[StepReport], None] = lambda step: None,
     stop: Callable[[], bool] = lambda: False,
+    finish: int | None = None,
 ) -> Totals:
     """Train candidates for a base and save them; called again with the same settings it resumes.
 
@@ -56,6 +57,7 @@ def train_adapter(
         processes: those that run this together; one alone if not given.
         report: called after every step.
         stop: asked after every step.
+        finish: see :func:`~focus_core.training.loop.train`.
 
     Returns:
         What this run and those it resumed did.
@@ -94,6 +96,7 @@ def train_adapter(
             processes=processes,
             report=report,
             stop=stop,
+            finish=finish,
         )
         if processes.is_main:
             if compact:

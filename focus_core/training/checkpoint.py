@@ -37,6 +37,8 @@ class Totals:
         seconds: wall time.
         best: lowest held-out loss, ``None`` before the first.
         best_step: the step it was measured after.
+        finish_from: step at which the run began to finish.
+        finish_steps: steps from there on in which the rate falls to zero; 0 while it follows its schedule.
     """
 
     step: int = 0
@@ -45,6 +47,12 @@ class Totals:
     seconds: float = 0.0
     best: float | None = None
     best_step: int = 0
+    finish_from: int = 0
+    finish_steps: int = 0
+
+    def last_step(self, scheduled: int) -> int:
+        """Return the step at which the run ends, of a schedule of so many."""
+        return self.finish_from + self.finish_steps if self.finish_steps else scheduled
 
 
 def save_checkpoint(

@@ -84,6 +84,7 @@ def train(
     report: Callable[[StepReport], None] = lambda _: None,
     checkpoint_seconds: float = 240.0,
     stop: Callable[[], bool] = lambda: False,
+    finish: int | None = None,
 ) -> Totals:
     """Run the schedule from the last checkpoint in ``output`` (or the start) to its end, or until ``stop()``.
 
@@ -100,6 +101,8 @@ def train(
         report: called in the first process after every step.
         checkpoint_seconds: time between checkpoints; one is also written at the end and when stopped.
         stop: asked after every step; one process that says yes stops all.
+        finish: leave the schedule: so many more steps in which the rate falls linearly to zero from what it is. A run
+            that is finishing goes on so when it is resumed.
 
     Returns:
         What all runs together did.
@@ -113,8 +116,9 @@ def train(
     run = _Run(base, adapter, stream, config, output, sink, processes)
     try:
         run.resume()
+        run.begin_to_finish(finish)
         started, saved = time.monotonic() - run.totals.seconds, time.monotonic()
-        while run.totals.step < config.steps and not processes.agree(stop()):
+        while not run.finished and not processes.agree(stop()):
             done = run.step()
             if config.eval_every and held_out and (run.totals.step % config.eval_every == 0 or run.finished):
                 done["held_out"] = run.measure(held_out, keep_best)
@@ -133,8 +137,14 @@ def train(
     return run.totals
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the rate of step ``step`` (from 0): warm-up, then linear or cosine decay to ``final_rate``."""
+def learning_rate(config: TrainConfig, step: int, totals: Totals | None = None) -> float:
+    """Return the rate of step ``step`` (from 0): warm-up, then linear or cosine decay to ``final_rate``.
+
+    Of a run that finishes early, by its ``totals``: linear decay to zero from the rate it had.
+    """
+    if totals is not None and totals.finish_steps:
+        left = totals.last_step(config.steps) - step
+        return learning_rate(config, totals.finish_from) * left / (totals.finish_steps + 1)
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
@@ -229,13 +239,13 @@ class _Run:
     @property
     def finished(self) -> bool:
         """Whether the schedule is at its end."""
-        return self.totals.step >= self.config.steps
+        return self.totals.step >= self.totals.last_step(self.config.steps)
 
     def step(self) -> dict[str, Any]:
         """Draw this process's examples, add their gradients, and take one optimizer step."""
         config, number, accelerator = self.config, self.totals.step, self.processes.accelerator
         # 1) the rate of this step
-        rate = learning_rate(config, number)
+        rate = learning_rate(config, number, self.totals)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         # 2) gradients, pass by pass; accelerate divides by passes and processes, which the scale makes up for
@@ -305,6 +315,11 @@ class _Run:
             self.module.load_checkpoint(str(self.output / "deepspeed"), tag="last")
         if self.processes.is_main:
             cut_log(self.output, self.totals.step)
+
+    def begin_to_finish(self, steps: int | None) -> None:
+        """Let the rate fall to zero over the next steps, unless it does already or the schedule is at its end."""
+        if steps is not None and not self.totals.finish_steps and not self.finished:
+            self.totals.finish_from, self.totals.finish_steps = self.totals.step, steps
 
     def release(self) -> None:
         """Let the adapter go, as it came: without gradients."""

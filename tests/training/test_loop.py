@@ -52,7 +52,7 @@ def data(tmp_path):
     return folder
 
 
-def _run(family, data, output, tokenizer, steps=3, stop_after=None, **changes):
+def _run(family, data, output, tokenizer, steps=3, stop_after=None, finish=None, **changes):
     model = tiny_model(family, window=512)
     base = BaseDecoder(model)
     adapter = CandidateAdapter(base, torch.float32)
@@ -69,6 +69,7 @@ def _run(family, data, output, tokenizer, steps=3, stop_after=None, **changes):
         sink=0,
         report=lambda done: losses.append(done.loss),
         stop=lambda: stop_after is not None and len(losses) >= stop_after,
+        finish=finish,
     )
     return model, adapter, losses
 
@@ -109,6 +110,22 @@ def test_a_stopped_run_resumes_exactly(data, tmp_path, tokenizer):
     assert rows[-1]["tokens"] > rows[0]["tokens"] > 0
     with pytest.raises(AdapterError, match="other settings"):
         _run("llama", data, tmp_path / "b", tokenizer, steps=7)
+
+
+def test_a_stopped_run_finishes_with_its_rate_falling_to_zero(data, tmp_path, tokenizer):
+    """After 3 of 50 steps, finish=4: four more whose rate falls evenly to zero; stopped within, it goes on so."""
+    _run("llama", data, tmp_path / "a", tokenizer, steps=50, stop_after=3)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    _, _, rest = _run("llama", data, tmp_path / "a", tokenizer, steps=50, finish=4)
+    assert len(rest) == 4
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    peak = learning_rate(TrainConfig(**SMALL, steps=50), 3)
+    assert rates[3:] == pytest.approx([peak * share for share in (0.8, 0.6, 0.4, 0.2)])
+    assert rates[2] > rates[3]
+    _, _, first = _run("llama", data, tmp_path / "b", tokenizer, steps=50, finish=4, stop_after=2)
+    _, _, second = _run("llama", data, tmp_path / "b", tokenizer, steps=50)
+    assert first + second == rest
+    assert _run("llama", data, tmp_path / "b", tokenizer, steps=50, finish=9)[2] == []  # it has ended
 
 
 def test_a_run_may_go_on_with_gradient_checkpointing(data, tmp_path, tokenizer):
