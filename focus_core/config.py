@@ -164,13 +164,14 @@ class DecodeConfig(_Json):
 Schedule = Literal["linear", "cosine"]
 Objective = Literal["dense", "one_target"]
 TeacherMemory = Literal["all", "end", "gold"]
-OBJECTIVES = (*("reconstruction", "continuation", "question", "cloze", "needle", "form", "conversation", "pair"),)
+OBJECTIVES = ("reconstruction", "continuation", "question", "cloze", "needle", "form", "conversation", "pair")
 HARD_NEGATIVES = ("nearest", "article")
 NEEDLE_SHAPES = ("number", "code", "date", "name", "phrase", "word")
 _STAGED = (
     *("mix", "chunk_sizes", "question_chunk_sizes", "max_chunks", "max_memory_tokens", "local_tokens"),
     *("prompt_lengths", "max_candidate_rows", "questions_per_example", "hard_negatives", "fill_chunks"),
-    "join_texts",
+    *("join_texts", "hard_kinds", "not_there", "read_whole", "read_chunks", "read_tokens", "earlier_turns"),
+    *("pool", "pool_steps"),
 )
 
 
@@ -219,6 +220,10 @@ class TrainConfig(_Json):
         read_tokens: most tokens of them.
         earlier_turns: most turns of a conversation that stand in memory; most that stand in the local context is a
             tenth of it.
+        pool: questions in play at a time, with two near passages each; their passages are cut alike every time, so that
+            their chunk KV can be kept (``kept_kv_mib``). 0 asks any question at any step and cuts anew each time.
+        pool_steps: steps after which other questions come into play.
+        kept_kv_mib: most memory for chunk KV that is kept between steps, in each process; 0 keeps none.
         fill_chunks: probability that a question's own chunk is filled up with other passages.
         needle_shapes: weight of each shape of a needle's value (``number``, ``code``, ``date``, ``name``, ``phrase``,
             ``word``); empty for weights of our own.
@@ -274,6 +279,9 @@ class TrainConfig(_Json):
     read_chunks: int = 8
     read_tokens: int = 2048
     earlier_turns: int = 60
+    pool: int = 0
+    pool_steps: int = 50
+    kept_kv_mib: int = 0
     fill_chunks: float = 0.0
     needle_shapes: dict[str, float] = field(default_factory=dict)
     stages: tuple[dict[str, Any], ...] = ()
@@ -293,7 +301,8 @@ class TrainConfig(_Json):
         _bounded("eval_every", self.eval_every, 0)
         for name in ("read_chunks", "read_tokens"):
             _bounded(name, getattr(self, name), 1)
-        _bounded("earlier_turns", self.earlier_turns, 2)
+        for name, least in (("earlier_turns", 2), ("pool", 0), ("pool_steps", 1), ("kept_kv_mib", 0)):
+            _bounded(name, getattr(self, name), least)
         for name in (
             "hard_negatives",
             "fill_chunks",

@@ -38,6 +38,7 @@ NOT_THERE = "Not found."
 PASSAGE_END = "\n\n"
 """Stands behind each passage that is read whole."""
 
+_BESIDE = 2  # passages near each question in play
 _SHORT = 0.6  # share of questions with both a short answer and a sentence that ask for a short phrase
 _TRICKS = 0.3  # share of unanswered questions that are about their own passage
 _GOLD_READ, _NEAR_READ = 0.7, 0.85  # of what is read whole: the gold passages and others; a near miss and others; near
@@ -75,10 +76,13 @@ class ExampleStream:
         others: Sequence[QuestionRow] | None = None,
     ) -> None:
         self.tokenizer, self.config = tokenizer, config
-        self.questions, self.passages, self.unanswered = texts.questions, texts.passages, texts.unanswered
+        self.questions: Sequence[QuestionRow] = texts.questions
+        self.passages, self.unanswered = texts.passages, texts.unanswered
         self._gap = tokenizer.encode(PASSAGE_END)
         untold = [QuestionRow("", (), passage.title, passage.text) for passage in texts.passages]
         self.others = OtherPassages([*(texts.questions if others is None else others), *untold])
+        self._all_questions, self._all_others = self.questions, self.others
+        self._block: int | None = None
         self._pairs: Pairs | None = None
         self.long = [text for text in texts.texts if len(text) >= LONG_TEXT]
         self._sizes = [len(text) ** 0.5 for text in self.long]
@@ -89,10 +93,24 @@ class ExampleStream:
 
     def example(self, step: int, index: int) -> Example:
         """Draw example ``index`` of ``step``: the same for the same seed, whatever was drawn before."""
-        return self._draw(random.Random(f"{self.config.seed}/{step}/{index}"), self.config.at(step))
+        config = self.config.at(step)
+        self._bring_into_play(config, step // config.pool_steps if config.pool else None)
+        return self._draw(random.Random(f"{self.config.seed}/{step}/{index}"), config)
+
+    def _bring_into_play(self, config: TrainConfig, block: int | None) -> None:
+        """Choose the questions of a block of steps and the passages that stand beside theirs; ``None`` takes all."""
+        if self._block == block:
+            return
+        self._block, self.questions, self.others = block, self._all_questions, self._all_others
+        if block is not None:
+            rng = random.Random(f"{self.config.seed}/block/{block}")
+            self.questions = rng.sample(self._all_questions, min(config.pool, len(self._all_questions)))
+            near = [other for row in self.questions for other in self._all_others.nearest(row.question, _BESIDE)]
+            self.others = OtherPassages([*self.questions, *near])
 
     def fixed(self, index: int) -> Example:
         """Draw example ``index`` of a set that no step belongs to, for measuring a loss again and again."""
+        self._bring_into_play(self.config, None)
         return self._draw(random.Random(f"{self.config.seed}/fixed/{index}"), self.config)
 
     def _draw(self, rng: random.Random, config: TrainConfig) -> Example:
@@ -323,8 +341,10 @@ class ExampleStream:
         return ids
 
     def _passage(self, rng: random.Random, row: QuestionRow, size: int, *, keep: bool) -> list[int]:
-        """Cut a passage to ``size`` tokens, around the answer if ``keep``."""
+        """Cut a passage to ``size`` tokens, around the answer if ``keep``; with a pool every time alike."""
         text = row.context
+        if self.config.pool:
+            rng, keep = random.Random(f"{self.config.seed}/{size}/{text}"), bool(row.answers)
         title = f"{row.title}\n" if row.title and rng.random() < 0.7 else ""
         head = self.tokenizer.encode(title) if title else []
         room = max(8, size - len(head))

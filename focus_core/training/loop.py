@@ -27,6 +27,7 @@ from focus_core.model.families import BaseDecoder
 from focus_core.training.checkpoint import LOG, Totals, cut_log, load_checkpoint, save_checkpoint
 from focus_core.training.data import ExampleStream
 from focus_core.training.heldout import Loss, example_losses
+from focus_core.training.kept import KeptChunks
 from focus_core.training.objectives import (
     Example,
     Task,
@@ -54,6 +55,7 @@ class StepReport:
         learning_rate: of this step.
         grad_norm: before clipping.
         chunks: k of each example.
+        kept: share of this process's chunks so far whose KV was kept from an earlier step.
         held_out: the held-out loss, on steps that measured it.
     """
 
@@ -67,6 +69,7 @@ class StepReport:
     learning_rate: float
     grad_norm: float
     chunks: list[int]
+    kept: float = 0.0
     held_out: Loss | None = None
 
 
@@ -166,6 +169,7 @@ class CandidateLoss(nn.Module):
         super().__init__()
         self.weights = nn.ParameterList(adapter.trainable_parameters())
         self.base, self.adapter, self.config, self.sink = base, adapter, config, sink
+        self.kept = KeptChunks(config.kept_kv_mib * 2**20)
 
     def forward(self, examples: Sequence[Example], scale: float) -> tuple[Tensor, list[dict[str, Any]]]:
         """Return the loss to differentiate and, for each example, what is logged of it.
@@ -174,7 +178,7 @@ class CandidateLoss(nn.Module):
             examples: they pass the layers together.
             scale: weight of each example's mean over its local contexts.
         """
-        encoded = [encode_example(self.base, example, self.sink) for example in examples]
+        encoded = [encode_example(self.base, example, self.sink, self.kept) for example in examples]
         tasks = [Task(chunks, query) for chunks, item in zip(encoded, examples, strict=True) for query in item.queries]
         config = self.config
         logits = iter(
@@ -234,6 +238,7 @@ class _Run:
             self.parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         )
         loss = CandidateLoss(base, adapter, config, sink)
+        self.kept = loss.kept
         self.module, self.optimizer = processes.prepare(loss, self.adamw, self.passes)
 
     @property
@@ -272,7 +277,8 @@ class _Run:
         self.totals.tokens += sum(record["tokens"] for record in every)
         self.totals.targets += sum(record["targets"] for record in every)
         self.updating = False
-        return {**_summary(every), "learning_rate": rate, "grad_norm": norm}
+        kept = self.kept.found / max(1, self.kept.asked)
+        return {**_summary(every), "learning_rate": rate, "grad_norm": norm, "kept": kept}
 
     def measure(self, held_out: Sequence[Example], keep_best: Callable[[Totals], None]) -> Loss:
         """Measure the held-out loss, every process its share, and keep the adapter if it was never as low."""

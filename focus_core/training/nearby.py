@@ -67,6 +67,10 @@ class OtherPassages:
             if row.title:
                 self._of_title[row.title].append(row)
 
+    def nearest(self, question: str, count: int) -> list[QuestionRow]:
+        """Return the rows whose passages are nearest to a question by BM25, best first."""
+        return [self.rows[index] for index in self._index.nearest(question, count)]
+
     def draw(
         self,
         rng: random.Random,
@@ -108,7 +112,7 @@ class OtherPassages:
                 alike = self._of_title.get(row.title, [])
                 lists.append(rng.sample(alike, min(each, len(alike))))
             else:
-                lists.append([self.rows[index] for index in self._index.nearest(row.question, each)])
+                lists.append(self.nearest(row.question, each))
         rounds = [item[place] for place in range(each) for item in lists if place < len(item)]
         return rounds[::-1]
 

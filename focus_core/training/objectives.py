@@ -22,6 +22,7 @@ from focus_core.method.kv import ChunkBatch
 from focus_core.method.parallel import PLAIN, Scoring, encode_chunks, sink_before
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
+from focus_core.training.kept import KeptChunks
 from focus_core.training.packed import PackedExample, Row, inject, run
 
 
@@ -91,10 +92,18 @@ class Example:
         return sum(query.targets for query in self.queries)
 
 
-def encode_example(base: BaseDecoder, example: Example, sink: int | None) -> ChunkBatch:
-    """Run the chunk pass of an example; ``sink`` is the token that starts every row, or ``None``."""
-    head = [] if sink is None else [sink]
-    return encode_chunks(base, [head + list(chunk) for chunk in example.chunks])
+def encode_example(base: BaseDecoder, example: Example, sink: int | None, kept: KeptChunks | None = None) -> ChunkBatch:
+    """Run the chunk pass of an example, but for chunks whose KV is kept.
+
+    Args:
+        base: the frozen decoder.
+        example: holds the chunks.
+        sink: the token that starts every row, or ``None``.
+        kept: of earlier steps, and for later ones.
+    """
+    head = () if sink is None else (sink,)
+    rows = [head + chunk for chunk in example.chunks]
+    return encode_chunks(base, rows) if kept is None else kept.encode(base, rows)
 
 
 @dataclass(frozen=True)

@@ -321,3 +321,21 @@ def test_a_form_is_asked_for_only_where_one_document_answers():
         scene = invent_forms(random.Random(seed), 8, 4)
         for item in scene.asked:
             assert sum(all(word in text for word in item.about) for text in scene.documents) == 1
+
+
+def test_a_pool_asks_the_same_questions_for_some_steps_with_the_same_cuts(stream, tokenizer):
+    """Within a block few questions and few different chunks; another block has others; the draw depends on the step."""
+    drawn = stream(pool=5, pool_steps=20, question_chunk_sizes=(12,), not_there=0.0)
+    blocks = []
+    for block in range(2):
+        asked, chunks = set(), set()
+        for step in range(20 * block, 20 * block + 20):
+            example = drawn.example(step, 0)
+            chunks |= set(example.chunks)
+            asked |= {tokenizer.decode(query.ids).split("bin")[1].split()[0] for query in example.queries}
+        assert len(asked) <= 5
+        assert len(chunks) <= 15
+        blocks.append(asked)
+    assert blocks[0] != blocks[1]
+    again = stream(pool=5, pool_steps=20, question_chunk_sizes=(12,), not_there=0.0)
+    assert again.example(25, 1) == drawn.example(25, 1)

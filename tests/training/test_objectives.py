@@ -11,10 +11,12 @@ import torch
 
 from focus_core.config import TrainConfig
 from focus_core.errors import ConfigError
+from focus_core.method.parallel import encode_chunks
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 from focus_core.text.tokenization import TextTokenizer
 from focus_core.training.data import ExampleStream
+from focus_core.training.kept import KeptChunks
 from focus_core.training.loop import CandidateLoss
 from focus_core.training.objectives import (
     Example,
@@ -247,3 +249,36 @@ def test_gold_chunks_hold_the_answer(texts, tokenizer):
             else:
                 assert target.split(" is ")[-1].lower() in text.lower()
     assert seen == {"reconstruction", "question", "needle"}
+
+
+# -- kept chunk KV ----------------------------------------------------------------------------------------------
+
+
+def test_kept_chunks_are_what_would_be_computed():
+    """The same KV with and without keeping, whatever was kept; the bound holds and the oldest goes first."""
+    base = BaseDecoder(tiny_model("llama"))
+    one = encode_chunks(base, [[0, 5, 6, 7]]).nbytes
+    kept = KeptChunks(3 * one)
+    rows = [[(0, 5, 6, 7), (0, 8, 9, 10)], [(0, 8, 9, 10), (0, 11, 12, 13), (0, 8, 9, 10)], [(0, 20, 21), (0, 5, 6, 7)]]
+    for some in rows * 2:
+        found, expected = kept.encode(base, some), encode_chunks(base, some)
+        assert found.lengths == expected.lengths
+        for index in range(len(some)):  # padding is anything
+            torch.testing.assert_close(found.chunk(index), expected.chunk(index), atol=1e-6, rtol=1e-5)
+        assert kept.nbytes <= kept.most_bytes
+    assert (kept.asked, kept.found) == (14, 7)  # by hand, least recently used first
+
+
+def test_kept_chunks_change_no_loss(texts, tokenizer):
+    """A module that keeps chunk KV gives the losses of one that does not, and finds chunks of earlier steps."""
+    base = BaseDecoder(tiny_model("llama"))
+    config = TrainConfig(**SETTINGS, mix={"question": 1.0}, pool=4, max_chunks=4)
+    with CandidateAdapter(base, torch.float32) as adapter:
+        perturb(adapter)
+        stream = ExampleStream(texts, TextTokenizer(tokenizer), config)
+        plain, keeping = (CandidateLoss(base, adapter, replace(config, kept_kv_mib=mib), 0) for mib in (0, 8))
+        for step in range(6):
+            example = stream.example(step, 0)
+            assert plain([example], 1.0)[0].item() == pytest.approx(keeping([example], 1.0)[0].item(), rel=1e-5)
+        assert keeping.kept.found > keeping.kept.asked / 3
+        assert plain.kept.asked == 0

@@ -1,0 +1,55 @@
+"""Keep the chunk KV of training texts between steps, where the same cuts come again.
+
+Chunk KV depends on the base and the chunk's tokens alone, never on what is trained, so a kept one is the one that would
+be computed (to the last bits of arithmetic that a batch of other lengths rounds otherwise). The least recently used
+goes first when the bound is reached.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from focus_core.method.kv import ChunkBatch
+from focus_core.method.parallel import encode_chunks
+from focus_core.model.families import BaseDecoder
+
+Ids = tuple[int, ...]
+
+
+class KeptChunks:
+    """Chunk KV by tokens, up to a number of bytes.
+
+    Args:
+        most_bytes: 0 keeps nothing.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes, self.nbytes = most_bytes, 0
+        self.asked = self.found = 0
+        self._kept: OrderedDict[Ids, Tensor] = OrderedDict()
+
+    def encode(self, base: BaseDecoder, rows: Sequence[Ids]) -> ChunkBatch:
+        """Return the chunk KV of ``rows`` (sinks included); only those that are not kept run."""
+        if not self.most_bytes:
+            return encode_chunks(base, rows)
+        self.asked, found = self.asked + len(rows), {row: self._kept[row] for row in rows if row in self._kept}
+        self.found += sum(row in found for row in rows)
+        missing = list(dict.fromkeys(row for row in rows if row not in found))
+        if missing:
+            made = encode_chunks(base, missing)
+            found |= {row: made.chunk(index).clone() for index, row in enumerate(missing)}
+        for row in dict.fromkeys(rows):
+            self._keep(row, found[row])
+        return ChunkBatch.gather([found[row] for row in rows])
+
+    def _keep(self, row: Ids, data: Tensor) -> None:
+        if row in self._kept:
+            self._kept.move_to_end(row)
+            return
+        self._kept[row] = data
+        self.nbytes += data.nbytes
+        while self.nbytes > self.most_bytes:
+            self.nbytes -= self._kept.popitem(last=False)[1].nbytes
