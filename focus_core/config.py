@@ -186,6 +186,8 @@ class TrainConfig(_Json):
             ``None`` runs all of a process's share at once.
         gradient_checkpointing: keep each layer's input alone for the backward pass and run the layer again there: less
             memory, more time, the same gradient.
+        rank: of what is trained: differences from the base's matrices, as the product of two thin ones; ``None`` trains
+            whole matrices.
         learning_rate: peak of AdamW's rate; it warms up, then falls to ``final_rate`` of the peak.
         schedule: ``linear`` or ``cosine``.
         max_grad_norm: gradients are scaled down to this norm.
@@ -242,6 +244,7 @@ class TrainConfig(_Json):
     examples_per_step: int = 2
     examples_per_pass: int | None = None
     gradient_checkpointing: bool = False
+    rank: int | None = None
     learning_rate: float = 3e-4
     final_rate: float = 0.05
     warmup_steps: int = 20
@@ -297,6 +300,8 @@ class TrainConfig(_Json):
             _bounded(name, getattr(self, name), 1)
         if self.examples_per_pass is not None:
             _bounded("examples_per_pass", self.examples_per_pass, 1)
+        if self.rank is not None:
+            _bounded("rank", self.rank, 1)
         _bounded("max_candidate_rows", self.max_candidate_rows, 2)
         _bounded("eval_every", self.eval_every, 0)
         for name in ("read_chunks", "read_tokens"):

@@ -28,7 +28,7 @@ from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.chat import Message, Tool, fit_messages, render_messages
 from focus_core.model.constraints import Grammar, tool_calls
 from focus_core.model.families import BaseDecoder
-from focus_core.model.hub import AdapterInfo, LoadedBase, find_adapter, load_adapter, load_base
+from focus_core.model.hub import AdapterInfo, LoadedBase, find_adapter, load_adapter, load_base, read_info
 from focus_core.model.sources import Notice
 from focus_core.store.memory import ChunkEncoder, Memory, Progress
 from focus_core.store.segments import Store
@@ -115,7 +115,7 @@ class FocusEngine:
         loaded = load_base(base, dtype=dtype, device=device, notice=notice)
         decoder = BaseDecoder(loaded.model)
         folder = None if adapter == UNTRAINED else find_adapter(adapter, loaded)
-        attached = CandidateAdapter(decoder)
+        attached = CandidateAdapter(decoder, rank=read_info(folder).rank if folder is not None else None)
         try:
             if folder is not None:
                 info = load_adapter(folder, attached, loaded, other_base=other_base)

@@ -40,7 +40,7 @@ def train(
     finish: Annotated[
         int | None, typer.Option(min=1, help="End the run: the rate falls to zero over so many more steps.")
     ] = None,
-    compact: Annotated[bool, typer.Option(help="Save the adapter as int8 differences.")] = False,
+    compact: Annotated[bool, typer.Option(help="Save the adapter as int8 differences, bfloat16 at low rank.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, of the base. [default: what is fast]")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share each step, on one GPU too.")] = 1,
     device: Device = None,
@@ -123,6 +123,7 @@ def interpolate(
 def export(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder that training wrote.")],
     output: Annotated[Path, typer.Argument(help="Folder for the compact adapter.")],
+    rank: Annotated[int | None, typer.Option(help="Cut to this rank, in bfloat16. [default: int8, full rank]")] = None,
     base: Base = None,
     data: Annotated[list[Path] | None, typer.Option(help="Texts not trained on, to measure the loss with.")] = None,
     examples: Annotated[int, typer.Option(help="Examples drawn from --data.")] = 64,
@@ -130,7 +131,7 @@ def export(
     seed: Annotated[int | None, typer.Option(help="Of the examples.")] = None,
     device: Device = None,
 ) -> None:
-    """Write an adapter as int8 differences from its base, a quarter of the size, and compare the losses."""
+    """Write an adapter as int8 or low-rank differences from its base, far smaller, and compare the losses."""
     from focus_core.model.hub import load_base
     from focus_core.text.tokenization import TextTokenizer
     from focus_core.training.data import ExampleStream
@@ -143,7 +144,7 @@ def export(
     if data:
         stream = ExampleStream(read_training_texts(data), TextTokenizer(loaded.tokenizer), settings)
         drawn = [stream.fixed(index) for index in range(examples)]
-    done = export_adapter(loaded, adapter, output, drawn)
+    done = export_adapter(loaded, adapter, output, drawn, rank=rank)
     note.print(f"{done.nbytes / 2**20:.1f} MiB in {done.folder}")
     for name, loss in (("as trained", done.before), ("compact", done.after)):
         if loss is not None:

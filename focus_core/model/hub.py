@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class AdapterInfo:
         chunk_top_p: share of attention whose chunks an answer is read from, where a request does not say.
         not_there: what it says where memory does not hold the answer; empty if it was never trained to.
         reread: chunks that are read whole, where a request does not say.
+        rank: of its differences from the base's matrices; ``None`` for whole matrices.
     """
 
     base: str
@@ -71,6 +72,7 @@ class AdapterInfo:
     chunk_top_p: float = 1.0
     not_there: str = ""
     reread: int = 0
+    rank: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -86,6 +88,7 @@ class AdapterInfo:
             "chunk_top_p": self.chunk_top_p,
             "not_there": self.not_there,
             "reread": self.reread,
+            **({} if self.rank is None else {"rank": self.rank}),
         }
 
 
@@ -160,8 +163,10 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256()
     state = model.state_dict()
+    wrapped = {name.partition(".base_layer.")[0] for name in state if ".base_layer." in name}
     own = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".base_layer." in name}
-    for name, tensor in sorted((state | own).items()):  # an attached adapter does not count
+    own |= {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in wrapped}
+    for name, tensor in sorted(own.items()):  # an attached adapter does not count
         if tensor.is_floating_point() and ".base_layer." not in name:
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 4096)][:4096].to(torch.bfloat16).cpu()
@@ -242,7 +247,7 @@ def load_adapter(folder: Path, adapter: CandidateAdapter, base: LoadedBase, *, o
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path} cannot be read ({first_line(error)}); get the adapter again") from error
-    adapter.load_state_dict(_decoded(tensors, adapter.base_state_dict()))
+    adapter.load_state_dict(_decoded(tensors, adapter))
     return info
 
 
@@ -254,21 +259,31 @@ def _same_weights(info: AdapterInfo, base: LoadedBase) -> bool:
     return row is not None and base_of(base.name, base.fingerprint) is row
 
 
-def save_adapter(folder: Path, adapter: CandidateAdapter, info: AdapterInfo, *, compact: bool = False) -> None:
+def save_adapter(
+    folder: Path, adapter: CandidateAdapter, info: AdapterInfo, *, compact: bool = False, rank: int | None = None
+) -> None:
     """Write ``adapter.safetensors`` and ``focus_config.json``.
 
     Args:
         folder: created if absent.
         adapter: what to save.
         info: goes into ``focus_config.json``.
-        compact: store each matrix as int8 difference from the base's, with one scale a row (a quarter of float32).
+        compact: store each matrix as int8 difference from the base's, with one scale a row (a quarter of float32); of a
+            low-rank adapter its thin matrices in bfloat16.
+        rank: store the differences cut to this rank by SVD, in bfloat16.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.float() for key, value in adapter.state_dict().items()}
-    tensors = _encoded(state, adapter.base_state_dict()) if compact else state
+    thin = rank or adapter.rank
+    if thin is None:
+        state = {key: value.float() for key, value in adapter.state_dict().items()}
+        tensors = _encoded(state, adapter.base_state_dict()) if compact else state
+    else:
+        state = adapter.state_dict() if rank in (None, adapter.rank) else adapter.differences(thin)
+        tensors = {key: value.to(torch.bfloat16 if compact or rank else torch.float32) for key, value in state.items()}
     data = save({key: value.contiguous().cpu() for key, value in tensors.items()})
     write_atomically(folder / "adapter.safetensors", data)
-    write_atomically(folder / "focus_config.json", (json.dumps(info.to_dict(), indent=2) + "\n").encode())
+    values = json.dumps(replace(info, rank=thin).to_dict(), indent=2) + "\n"
+    write_atomically(folder / "focus_config.json", values.encode())
 
 
 def _encoded(state: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -282,8 +297,10 @@ def _encoded(state: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Ten
     return tensors
 
 
-def _decoded(tensors: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = {}
+def _decoded(tensors: dict[str, Tensor], adapter: CandidateAdapter) -> dict[str, Tensor]:
+    if not any(key.endswith(".scale") for key in tensors):
+        return tensors
+    base, state = adapter.base_state_dict(), {}
     for key, value in tensors.items():
         if key.endswith(".scale"):
             continue

@@ -53,7 +53,8 @@ def train_adapter(
         settings: the schedule.
         init: adapter folder to start from; copies of the base's projections if not given.
         chunk_size: the adapter's default when it is served.
-        compact: save int8 differences instead of float32, and measure both forms on the held-out examples.
+        compact: save int8 differences (bfloat16 at low rank) instead of float32, and measure both forms on the held-out
+            examples.
         processes: those that run this together; one alone if not given.
         report: called after every step.
         stop: asked after every step.
@@ -70,7 +71,7 @@ def train_adapter(
     base = BaseDecoder(loaded.model)
     stream, held_out = _streams(read_training_texts(data), TextTokenizer(loaded.tokenizer), settings)
     focus = _focus(base, settings, chunk_size)  # refuses a chunk size the base cannot serve before any work
-    with CandidateAdapter(base, torch.float32) as adapter:
+    with CandidateAdapter(base, torch.float32, rank=settings.rank) as adapter:
         before = load_adapter(init, adapter, loaded) if init is not None else None
 
         def info(totals: Totals) -> AdapterInfo:

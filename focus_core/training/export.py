@@ -1,4 +1,4 @@
-"""Turn trained adapters into the one that is served: between two of them, and in the compact int8 form.
+"""Turn trained adapters into the one that is served: between two of them, and in a compact form, int8 or low rank.
 
 The loss of the weights as they are and of the compact form, read back from disk, is taken on the same examples; both
 stand in ``export.json`` beside the adapter. The source folders are not changed.
@@ -19,7 +19,7 @@ from focus_core.errors import AdapterMismatchError, ConfigError
 from focus_core.files import write_atomically
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
-from focus_core.model.hub import AdapterInfo, LoadedBase, load_adapter, save_adapter
+from focus_core.model.hub import AdapterInfo, LoadedBase, load_adapter, read_info, save_adapter
 from focus_core.training.heldout import Loss, measure_loss
 from focus_core.training.objectives import Example
 
@@ -47,7 +47,9 @@ class Export:
         return values
 
 
-def export_adapter(loaded: LoadedBase, source: Path, output: Path, examples: Sequence[Example] = ()) -> Export:
+def export_adapter(
+    loaded: LoadedBase, source: Path, output: Path, examples: Sequence[Example] = (), *, rank: int | None = None
+) -> Export:
     """Write the adapter in ``source`` in compact form to ``output``.
 
     Args:
@@ -55,15 +57,19 @@ def export_adapter(loaded: LoadedBase, source: Path, output: Path, examples: Seq
         source: an adapter folder.
         output: the new folder.
         examples: what both forms are measured on; none skips the comparison.
+        rank: cut the differences from the base to this rank (SVD, bfloat16); int8 of full rank if not given.
 
     Raises:
+        ConfigError: the rank is none.
         AdapterMismatchError: the adapter belongs to other weights.
         AdapterError: it cannot be read.
     """
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank must be at least 1; got {rank}")
     base = BaseDecoder(loaded.model)
-    with CandidateAdapter(base, torch.float32) as adapter:
+    with CandidateAdapter(base, torch.float32, rank=read_info(source).rank) as adapter:
         info = load_adapter(source, adapter, loaded)
-        return write_compact(loaded, base, adapter, info, output, examples)
+        return write_compact(loaded, base, adapter, info, output, examples, rank=rank)
 
 
 def write_compact(
@@ -73,13 +79,19 @@ def write_compact(
     info: AdapterInfo,
     output: Path,
     examples: Sequence[Example] = (),
+    *,
+    rank: int | None = None,
 ) -> Export:
-    """Save an attached adapter in compact form and read it back into ``adapter``; see :func:`export_adapter`."""
+    """Save an attached adapter in compact form, detach it and measure what was written; see :func:`export_adapter`."""
     sink = sink_of(loaded) if info.focus.sink else None
     before = measure_loss(base, adapter, examples, sink, info.focus) if examples else None
-    save_adapter(output, adapter, info, compact=True)
-    load_adapter(output, adapter, loaded)
-    after = measure_loss(base, adapter, examples, sink, info.focus) if examples else None
+    save_adapter(output, adapter, info, compact=True, rank=rank)
+    adapter.detach()
+    after = None
+    if examples:
+        with CandidateAdapter(base, torch.float32, rank=read_info(output).rank) as written:
+            load_adapter(output, written, loaded)
+            after = measure_loss(base, written, examples, sink, info.focus)
     export = Export(output, (output / "adapter.safetensors").stat().st_size, before, after)
     write_atomically(output / "export.json", (json.dumps(export.to_dict(), indent=2) + "\n").encode())
     return export
