@@ -30,9 +30,11 @@ from focus_core.model.constraints import Grammar, tool_calls
 from focus_core.model.families import BaseDecoder
 from focus_core.model.hub import AdapterInfo, LoadedBase, find_adapter, load_adapter, load_base, read_info
 from focus_core.model.sources import Notice
-from focus_core.store.memory import ChunkEncoder, Memory, Progress
-from focus_core.store.segments import Store
-from focus_core.text.corpus import Document, load_documents
+from focus_core.store.database import Store
+from focus_core.store.encoder import ChunkEncoder
+from focus_core.store.memory import Memory, Progress
+from focus_core.store.places import Place, find_place
+from focus_core.text.corpus import Document, distinct, load_documents
 from focus_core.text.tokenization import TextTokenizer
 
 UNTRAINED = "untrained"
@@ -190,9 +192,21 @@ class FocusEngine:
         memory.add(as_documents(documents), packed=packed, progress=progress, check=check)
         return memory
 
-    def load_memory(self, folder: str | Path, progress: Progress = lambda done, total: None) -> Memory:
-        """Load a memory saved with :meth:`Memory.save`; raises ``StoreError`` if it is not of this model."""
-        return Memory.load(folder, self.encoder, progress)
+    def load_memory(
+        self, place: str | Path | Place, progress: Progress = lambda done, total: None, *, name: str | None = None
+    ) -> Memory:
+        """Read a saved memory; nothing is computed, and nothing is written.
+
+        Args:
+            place: folder written by :meth:`Memory.save`, or the name of a collection in the user's own store.
+            progress: called with tokens done and to do.
+            name: of the collection in ``place``, where it holds several.
+
+        Raises:
+            StoreError: there is none, it is damaged, or it was made by another model.
+        """
+        found = find_place(place, name)
+        return Memory.load(found.open(), self.encoder, progress, name=found.name)
 
     # -- answers ------------------------------------------------------------------------------------------------
 
@@ -328,7 +342,7 @@ class FocusEngine:
         documents, kept = self.fit(messages, offered, decode.max_tokens)
         if documents:
             memory = memory.subset(document.id for document in memory.documents) if memory else self.remember([])
-            memory.add(documents, check=lambda: check_cancelled(cancelled))
+            memory.add(distinct(documents, memory.documents), check=lambda: check_cancelled(cancelled))
         local = render_messages(self.tokenizer, kept, offered)
         another = [message for message in kept[:1] if message.role == "system"] + [Message("user", _ANY)]
         opening = _shared_tokens(local, render_messages(self.tokenizer, another, offered))

@@ -10,21 +10,44 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+CATALOGUE = "catalogue.sqlite"
+"""The file that makes a folder a store; folders that hold one are never read as documents."""
+
 _UNSURE = 2_000_000_000  # nanoseconds in which a second change may leave size and time as they are
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all: temporary file, fsync, rename."""
+    """Write a file so that it is there whole or not at all: temporary file, fsync, rename, fsync of the folder."""
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_durably(partial, data)
+        os.replace(partial, path)  # noqa: PTH105 (tests record the calls of os)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file and wait until the disk has its bytes."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has a folder's entries: without it a power cut may undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder holds saved memory, of this version or an earlier one."""
+    return any((folder / name).is_file() for name in (CATALOGUE, "memory.json", "index.sqlite"))
 
 
 def file_facts(path: str | Path) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Commands that read and answer: ask, chat, index, info."""
+"""Commands that read and answer: ask, chat, info."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from focus_core.cli._shared import (
     ChunkTopP,
     Device,
     MaxTokens,
-    MemoryFolder,
     OtherBase,
     Paths,
     Reread,
     RereadTokens,
     RereadWay,
+    SavedMemory,
     Seed,
     Temperature,
     app,
@@ -40,7 +40,7 @@ from focus_core.cli._shared import (
 def ask(
     question: Annotated[str, typer.Argument(help="What you want to know.")],
     paths: Paths = None,
-    memory: MemoryFolder = None,
+    memory: SavedMemory = None,
     base: Base = None,
     adapter: Adapter = None,
     other_base: OtherBase = False,
@@ -122,7 +122,7 @@ def ask(
 @app.command()
 def chat(
     paths: Paths = None,
-    memory: MemoryFolder = None,
+    memory: SavedMemory = None,
     base: Base = None,
     adapter: Adapter = None,
     chunk_size: ChunkSize = None,
@@ -165,22 +165,6 @@ def chat(
             answer = stream.answer
         _print_sources(answer, 3)
         turns.append(Message("assistant", answer.text))
-
-
-@app.command()
-def index(
-    memory: Annotated[Path, typer.Option("--memory", help="Folder to keep the memory in.")],
-    paths: Paths = None,
-    base: Base = None,
-    adapter: Adapter = None,
-    chunk_size: ChunkSize = None,
-    device: Device = None,
-    remove: Annotated[list[str] | None, typer.Option(help="Document id to forget; may be repeated.")] = None,
-) -> None:
-    """Read files and folders into a memory on disk; only new and changed documents are computed."""
-    engine = open_engine(base, adapter, chunk_size, device)
-    held = open_memory(engine, paths or [], memory, remove=remove or [])
-    note.print(f"{len(held.documents)} documents, {len(held)} chunks, {held.tokens:,} tokens in {memory}")
 
 
 # -- info -------------------------------------------------------------------------------------------------------

@@ -38,7 +38,9 @@ Base = Annotated[
 ]
 Adapter = Annotated[str | None, typer.Option(help="Adapter folder or hub name, or 'untrained'. [default: shipped one]")]
 OtherBase = Annotated[bool, typer.Option(help="Let the adapter serve another base than its own, if the shapes fit.")]
-MemoryFolder = Annotated[Path | None, typer.Option("--memory", help="Folder that keeps what was read; made if absent.")]
+SavedMemory = Annotated[
+    str | None, typer.Option("--memory", help="What `focusllm index` made: the name of a collection, or a folder.")
+]
 ChunkSize = Annotated[int | None, typer.Option(help="Most tokens of a chunk. [default: the adapter's]")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: what there is]")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens of the answer.")]
@@ -78,31 +80,23 @@ def open_engine(
         )
 
 
-def open_memory(engine: Any, paths: list[str], folder: Path | None, remove: list[str] | None = None) -> Any:
-    """Load the memory in ``folder`` if there is one, read ``paths`` into it, and save what changed."""
-    from focus_core.store.segments import Store
+def open_memory(engine: Any, paths: list[str], place: str | None, name: str | None = None) -> Any:
+    """Load a saved memory if one is named, and read ``paths`` beside it; nothing is written."""
     from focus_core.text.corpus import load_documents
 
-    if not paths and not sys.stdin.isatty() and (folder is None or not (folder / "memory.json").exists()):
+    if not paths and place is None and not sys.stdin.isatty():
         paths = ["-"]
     documents = load_documents(paths, skipped=skipped) if paths else []
-    if folder is not None and (folder / "memory.json").exists():
+    if place is None and not documents:
+        raise CorpusError("nothing to read; name files or folders, or a --memory made by `focusllm index`")
+    memory = None
+    if place is not None:
         with progress("loading memory") as bar:
-            memory = engine.load_memory(folder, progress=lambda done, total: bar(done, "", total))
-    else:
-        if not documents:
-            raise CorpusError("nothing to read; name files or folders, or a --memory folder made before")
-        memory = engine.remember([])
-        if folder is not None:
-            memory.store = Store(folder / "kv")
-    before = memory.state
-    with progress("reading") as bar:
-        memory.add(documents, progress=lambda done, total: bar(done, "", total))
-    if remove:
-        memory.remove(remove)
-    if folder is not None and memory.state is not before:
-        with progress("saving") as bar:
-            memory.save(folder, progress=lambda done, total: bar(done, "", total))
+            memory = engine.load_memory(place, progress=lambda done, total: bar(done, "", total), name=name)
+    if memory is None or documents:
+        memory = memory.subset(one.id for one in memory.documents) if memory is not None else engine.remember([])
+        with progress("reading") as bar:
+            memory.add(documents, progress=lambda done, total: bar(done, "", total))
     return memory
 
 

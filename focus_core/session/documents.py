@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import pickle
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from focus_core.answers import Answer
 from focus_core.errors import ConfigError, EmptyCorpusError
 from focus_core.store.memory import Memory
-from focus_core.text.corpus import Document, load_documents
+from focus_core.text.corpus import Document, canonical, distinct, load_documents
 
 MemoryFilter = Collection[str] | Mapping[str, Any] | Callable[[Document], bool]
 """Ids to keep, metadata that must be equal, or a function that tells whether a document is kept."""
@@ -72,28 +71,6 @@ def written(documents: Iterable[Any]) -> list[Any]:
     return [item for item, text in texts if not isinstance(text, str) or text.strip()]
 
 
-def distinct(documents: Iterable[Document], others: Iterable[Document]) -> list[Document]:
-    """Rename documents whose id another one has, and leave out what ``others`` hold already.
-
-    Documents are the same if their texts and metadata are.
-    """
-    known = {document.id: document for document in others}
-    found: list[Document] = []
-    for document in documents:
-        name, number = document.id, 1
-        while name in known and not _same(known[name], document):
-            number += 1
-            name = f"{document.id}#{number}"
-        if name not in known:
-            known[name] = document
-            found.append(document if name == document.id else replace(document, id=name))
-    return found
-
-
-def _same(one: Document, other: Document) -> bool:
-    return one.text == other.text and canonical(one.metadata) == canonical(other.metadata)
-
-
 def fingerprint(documents: Iterable[Document]) -> str:
     """Return a hash of ids, texts and metadata."""
     digest = hashlib.sha256()
@@ -101,22 +78,6 @@ def fingerprint(documents: Iterable[Document]) -> str:
         parts = f"{document.id}\0{document.text}\0{canonical(document.metadata)}\0"
         digest.update(parts.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def canonical(value: Any) -> str:
-    """Return a string that two values share only if they are equal and of equal types; the order of keys is no part."""
-    if isinstance(value, Mapping):
-        return f"{{{','.join(sorted(f'{canonical(key)}:{canonical(item)}' for key, item in value.items()))}}}"
-    if isinstance(value, (list, tuple)):
-        return f"{type(value).__name__}[{','.join(map(canonical, value))}]"
-    if isinstance(value, (set, frozenset)):
-        return f"{type(value).__name__}[{','.join(sorted(map(canonical, value)))}]"
-    if value is None or isinstance(value, (str, bytes, bool, int, float, complex)):
-        return f"{type(value).__name__} {value!r}"
-    try:  # an object's repr may leave parts out
-        return f"{type(value).__name__} {hashlib.sha256(pickle.dumps(value)).hexdigest()}"
-    except Exception:  # whatever its author chose
-        return f"{type(value).__name__} {value!r}"
 
 
 def kept_ids(documents: Iterable[Document], wanted: MemoryFilter) -> list[str]:

@@ -11,7 +11,7 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,17 @@ from focus_core.method.state import MemoryState
 from focus_core.session.concurrency import Turns
 from focus_core.session.documents import (
     MemoryFilter,
-    canonical,
-    distinct,
     fingerprint,
     kept_ids,
     source_dicts,
     to_documents,
     written,
 )
-from focus_core.store.memory import ChunkEncoder, Memory
-from focus_core.text.corpus import Document, load_documents
+from focus_core.store.encoder import ChunkEncoder
+from focus_core.store.memory import Memory
+from focus_core.store.places import Place, find_place
+from focus_core.store.segments import Tensors
+from focus_core.text.corpus import Document, canonical, distinct, load_documents
 
 __all__ = [
     "Held",
@@ -113,23 +114,24 @@ def engine_fingerprint(engine: FocusEngine) -> str:
     return f"{known}-{engine.base.dtype}-{canonical(info)}"
 
 
-def shared_memory(engine: FocusEngine, folder: str | Path, check: Callable[[], None] = _patient) -> Memory:
+def shared_memory(engine: FocusEngine, place: str | Path | Place, check: Callable[[], None] = _patient) -> Memory:
     """Return a saved memory; it is read once while anybody uses it, and again when it was saved anew.
 
     Args:
         engine: it is of this engine's model.
-        folder: where it was saved.
+        place: folder, or name of a collection.
         check: called while another caller reads it; raises to give up.
 
     Raises:
         StoreError: there is none, it is damaged, or it was made by other weights or settings.
     """
-    manifest = Path(folder).resolve() / "memory.json"
-    key = (id(engine.base), engine_fingerprint(engine), str(manifest), file_facts(manifest))
+    found = find_place(place)
+    digest = found.open().collection(found.name).digest
+    key = (id(engine.base), engine_fingerprint(engine), found.folder.resolve(), found.name, found.tenant, digest)
     with _turns.of(("memory", *key), check):
         memory = _memories.get(key)
         if memory is None:
-            memory = _memories[key] = engine.load_memory(folder)
+            memory = _memories[key] = engine.load_memory(found)
         return memory
 
 
@@ -197,7 +199,7 @@ class MemoryHolder:
         self,
         engine: FocusEngine,
         documents: Any = None,
-        memory: Memory | str | Path | None = None,
+        memory: Memory | str | Path | Place | None = None,
         wanted: MemoryFilter | None = None,
     ) -> list[Document]:
         """Return the documents of model and memory that a call reads; no chunk KV is computed.
@@ -218,7 +220,7 @@ class MemoryHolder:
         self,
         engine: FocusEngine,
         documents: Any = None,
-        memory: Memory | str | Path | None = None,
+        memory: Memory | str | Path | Place | None = None,
         extra: Sequence[Any] = (),
         wanted: MemoryFilter | None = None,
         check: Callable[[], None] = _patient,
@@ -228,7 +230,7 @@ class MemoryHolder:
         Args:
             engine: reads it.
             documents: of the model; files are read again when they change.
-            memory: a memory, or the folder of a saved one; it stays as it is.
+            memory: a memory, or the folder or name of a saved one; it stays as it is.
             extra: documents of this call, and memories that are read besides; what calls before it read is not computed
                 again.
             wanted: filter on documents and memory; ``extra`` is not filtered.
@@ -254,13 +256,13 @@ class MemoryHolder:
         return Held(base, created)
 
     def _base(
-        self, engine: FocusEngine, memory: Memory | str | Path | None, check: Callable[[], None]
+        self, engine: FocusEngine, memory: Memory | str | Path | Place | None, check: Callable[[], None]
     ) -> Memory | None:
-        if not isinstance(memory, (str, Path)):
+        if not isinstance(memory, (str, Path, Place)):
             return memory.snapshot() if memory is not None else None
         saved = shared_memory(engine, memory, check)
         with self._lock:
-            self._saved[str(Path(memory).resolve())] = saved  # read again only when it changed
+            self._saved[str(memory)] = saved  # read again only when it changed
             _forget(self._saved, _KEPT)
         return saved.snapshot()
 
@@ -320,16 +322,14 @@ class _Known:
                     if any(span.document_id in ids for span in chunk.spans):
                         self._kept.setdefault(encoder.key(chunk), tensor)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._kept
+    def holds(self, keys: Iterable[str]) -> set[str]:
+        return self._kept.keys() & set(keys)
 
-    def get(self, key: str) -> Tensor:
-        return self._kept[key]
+    def get(self, key: str) -> dict[str, Tensor]:
+        return {"kv": self._kept[key]}
 
-    def put(self, key: str, chunk: Tensor) -> bool:
-        new = key not in self.computed
-        self.computed.add(key)
-        return new
+    def put_all(self, items: Mapping[str, Tensors]) -> None:
+        self.computed.update(items)
 
 
 def _gathered(

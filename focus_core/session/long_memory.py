@@ -1,14 +1,15 @@
 """Keep what agents should remember beyond the process: texts in a folder, recalled by attention.
 
 Everything is kept word for word; what to recall is decided when a question is asked, by the same scores that citations
-have. Every change is saved before it returns. One process may write a folder at a time. No framework is imported here.
+have. Every change is saved before it returns, merged with what other processes have saved meanwhile; a change that
+fails leaves what was there. No framework is imported here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
 from focus_core.session.documents import MemoryFilter, fingerprint, kept_ids, own_name, to_documents
 from focus_core.session.engines import asked, shared_engine
+from focus_core.store.collections import row_sum
+from focus_core.store.database import Store
 from focus_core.store.memory import Memory
+from focus_core.store.migration import DEFAULT_NAME
 from focus_core.text.corpus import Document
 
 
@@ -73,13 +77,11 @@ class LongMemory:
 
     @property
     def memory(self) -> Memory:
-        """The core memory; a model may read it while it changes."""
+        """The core memory, with what others have saved until now; a model may read it while it changes."""
         with self._lock:
             if self._memory is None:
-                saved = self.folder is not None and (self.folder / "memory.json").exists()
-                self._memory = (
-                    self.engine.load_memory(self.folder) if saved and self.folder else self.engine.remember([])
-                )
+                self._memory = self._open()
+            self._memory.refresh()
             return self._memory
 
     @property
@@ -100,30 +102,29 @@ class LongMemory:
         return name
 
     def put(self, documents: Iterable[Any]) -> None:
-        """Keep documents under their ids; texts that are known already cost nothing.
+        """Keep documents under their ids, all or none; texts that are known already cost nothing.
 
         Args:
             documents: core or framework documents; one without id and source is named by its text.
 
         Raises:
-            ConfigError: an item is no document.
-            EmptyCorpusError: one holds no text; nothing is kept then.
+            ConfigError: an item is no document, or its metadata hold what JSON cannot and there is a folder to save to.
+            EmptyCorpusError: one holds no text.
         """
         with self._lock:
             known = {document.id: fingerprint([document]) for document in self.memory.documents}
             given = {one.id: one for item in documents for one in _documents(item)}
             fresh = [document for key, document in given.items() if known.get(key) != fingerprint([document])]
-            if fresh:
-                self.memory.add(fresh)
-                self._save()
+            if self.folder is not None:
+                for document in fresh:
+                    row_sum(document)
+            self._change(fresh)
 
     def forget(self, ids: Iterable[str]) -> list[str]:
         """Remove texts; returns the ids that were there."""
         with self._lock:
             gone = [key for key in dict.fromkeys(ids) if key in self.memory]
-            if gone:
-                self.memory.remove(gone)
-                self._save()
+            self._change((), gone)
             return gone
 
     def recall(self, query: str, k: int = 4, wanted: MemoryFilter | None = None) -> list[Recalled]:
@@ -143,9 +144,27 @@ class LongMemory:
         """Share what is remembered: a copy of an agent has the same memory."""
         return self
 
-    def _save(self) -> None:
-        if self.folder is not None:
-            self.memory.save(self.folder)
+    def _open(self) -> Memory:
+        if self.folder is None:
+            return self.engine.remember([])
+        store = Store(self.folder)
+        if store.find(DEFAULT_NAME) is not None:
+            return self.engine.load_memory(self.folder, name=DEFAULT_NAME)
+        memory = self.engine.remember([])
+        memory.save(store)
+        return memory
+
+    def _change(self, documents: Sequence[Document], gone: Sequence[str] = ()) -> None:
+        """Change and save; what cannot be saved is not kept in the process either."""
+        memory = self.memory
+        before = memory.state
+        memory.update(documents, gone)
+        if self.folder is not None and memory.state is not before:
+            try:
+                memory.save(self.folder)
+            except BaseException:
+                memory.restore(before)
+                raise
 
 
 def recall(engine: FocusEngine, memory: Memory, query: str, k: int) -> list[Recalled]:

@@ -2,7 +2,8 @@
 
 A :class:`Memory` is a list of documents one can add to and remove from like rows in a table; nothing else is computed
 again. Its state is replaced as a whole, so a question that is being answered keeps the memory it began with, and a
-cancelled or failed change leaves no trace. Memory generates nothing.
+cancelled or failed change leaves no trace. Saving merges what changed into a collection, so that several writers keep
+each other's documents; reading writes nothing. Memory generates nothing.
 """
 
 from __future__ import annotations
@@ -10,97 +11,31 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from focus_core.config import FocusConfig
-from focus_core.errors import ConfigError, EmptyCorpusError, OutOfMemoryError, StoreError, UnsupportedModelError
-from focus_core.files import write_atomically
-from focus_core.hardware import dtype_name, is_out_of_memory
+from torch import Tensor
+
+from focus_core.errors import ConfigError, EmptyCorpusError, OutOfMemoryError, StoreError
+from focus_core.hardware import is_out_of_memory
 from focus_core.method.kv import ChunkBatch
 from focus_core.method.parallel import Check, encode_chunks
-from focus_core.method.slabs import Layout, Slab
+from focus_core.method.slabs import Slab
 from focus_core.method.state import MemoryState
-from focus_core.model.families import BaseDecoder
-from focus_core.store.segments import FORMAT, ChunkStore, Store, chunk_key
-from focus_core.text.chunking import Chunk, Span, cut, pack
+from focus_core.store.collections import Change, Contents, MissingChunksError, row_sum
+from focus_core.store.database import ChunkStore, Store
+from focus_core.store.encoder import ChunkEncoder
+from focus_core.store.migration import DEFAULT_NAME
+from focus_core.store.segments import Tensors
+from focus_core.text.chunking import Chunk, joined, pack
 from focus_core.text.corpus import Document
-from focus_core.text.tokenization import TextTokenizer
 
 Progress = Callable[[int, int], None]
 """``progress(done, total)`` in tokens."""
 
-_SLAB_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
-
-
-def check_sliding_window(base: BaseDecoder, config: FocusConfig) -> None:
-    """Raise :class:`UnsupportedModelError` if some layer of the base would not see the whole of a chunk row."""
-    longest = config.chunk_size + config.prompt_length + int(config.sink) + 1
-    sliding = base.sliding_window
-    if sliding is not None and sliding < longest:
-        raise UnsupportedModelError(
-            f"this base attends to {sliding} tokens only (sliding window), but a chunk row has {longest}; choose "
-            f"chunk_size + prompt_length of at most {sliding - 1 - int(config.sink)}"
-        )
-
-
-@dataclass(frozen=True)
-class ChunkEncoder:
-    """Turns documents into chunks and chunks into KV, for one base and one configuration.
-
-    Raises:
-        UnsupportedModelError: the base's sliding window is shorter than a chunk row.
-    """
-
-    base: BaseDecoder
-    tokenizer: TextTokenizer
-    config: FocusConfig
-    sink: int | None
-    fingerprint: str
-    check: Check = field(default=lambda: None)
-
-    def __post_init__(self) -> None:
-        check_sliding_window(self.base, self.config)
-
-    def facts(self) -> dict[str, Any]:
-        """Return everything but the tokens that chunk KV depends on."""
-        rope = getattr(self.base.config, "rope_parameters", None)
-        return {
-            "base": self.fingerprint,
-            "dtype": dtype_name(self.base.dtype),
-            "sink": self.sink,
-            "rope": rope if isinstance(rope, dict) else None,
-        }
-
-    @cached_property
-    def layout(self) -> Layout:
-        """Which chunks lie together."""
-        base = self.base
-        token_bytes = (base.num_layers - 1) * 2 * base.num_kv_heads * base.head_dim * base.dtype.itemsize
-        return Layout(self.config.chunk_size, token_bytes, _SLAB_BYTES.get(base.device.type, 1 << 30))
-
-    def cut(self, document: Document) -> list[Chunk]:
-        """Cut a document to the configured chunk size."""
-        encoded = self.tokenizer.encode_with_offsets(document.text)
-        return cut(document.id, document.text, encoded, self.config.chunk_size)
-
-    def row(self, chunk: Chunk) -> list[int]:
-        """Return the ids that run through the base: sink, then chunk."""
-        return ([] if self.sink is None else [self.sink]) + list(chunk.ids)
-
-    def key(self, chunk: Chunk) -> str:
-        """Return the store address of a chunk."""
-        return chunk_key(self.facts(), self.row(chunk))
-
-    def allocate(self, rows: Sequence[Sequence[int]]) -> ChunkBatch:
-        """Allocate KV for these rows."""
-        base = self.base
-        lengths = tuple(len(row) for row in rows)
-        return ChunkBatch.empty(base.num_layers - 1, base.num_kv_heads, base.head_dim, lengths, base.dtype, base.device)
+_PUT_BYTES = 256 << 20
 
 
 class Memory:
@@ -115,7 +50,9 @@ class Memory:
         self, encoder: ChunkEncoder, store: ChunkStore | None = None, state: MemoryState | None = None
     ) -> None:
         self.encoder, self.store = encoder, store
+        self._source: Store | None = None  # looked into for chunk KV where nothing may be written
         self._state = state or MemoryState({}, (), ())
+        self._origin: _Origin | None = None
         self._lock = threading.Lock()
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -150,7 +87,7 @@ class Memory:
         """Hash of base, settings and documents: equal memories answer equally."""
         digest = hashlib.sha256(json.dumps([self.encoder.facts(), self.encoder.config.to_dict()]).encode())
         for document in self.documents:
-            digest.update(f"{document.id}\0{document.text}\0".encode())
+            digest.update(f"{document.id}\0{document.text}\0".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -172,7 +109,7 @@ class Memory:
         """Read documents: their chunk KV is computed (or fetched from the store) and nothing else changes.
 
         Args:
-            documents: a known id with other text is replaced; with the same text only its metadata are.
+            documents: a known id with other text is replaced; with the same text it takes the new metadata.
             packed: let short documents share chunks.
             progress: called with tokens done and to do.
             check: called often; raises to cancel, and then the memory is as before.
@@ -181,26 +118,7 @@ class Memory:
             EmptyCorpusError: a document holds no text.
             OutOfMemoryError: not even one chunk could be computed.
         """
-        with self._lock:
-            state = self._state
-            fresh = {document.id: document for document in documents}
-            for document in fresh.values():
-                if not document.text.strip():
-                    raise EmptyCorpusError(f"document {document.id!r} is empty; leave it out")
-            same = {
-                key: document
-                for key, document in fresh.items()
-                if key in state.documents and state.documents[key].text == document.text
-            }
-            if any(state.documents[key] is not document for key, document in same.items()):
-                state = replace(state, documents={**state.documents, **same})
-            fresh = {key: document for key, document in fresh.items() if key not in same}
-            if not fresh:
-                self._state = state
-                return
-            state, again = _without(state, [key for key in fresh if key in state.documents])
-            fresh = {**{document.id: document for document in again}, **fresh}
-            self._state = self._with(state, list(fresh.values()), packed, progress, check)
+        self.update(documents, packed=packed, progress=progress, check=check)
 
     def remove(self, document_ids: Iterable[str]) -> None:
         """Forget documents; the others' KV stays where it is.
@@ -208,101 +126,190 @@ class Memory:
         Raises:
             ConfigError: an id is not in memory; nothing is removed then.
         """
+        self.update((), document_ids)
+
+    def update(
+        self,
+        documents: Iterable[Document],
+        remove: Iterable[str] = (),
+        *,
+        packed: bool = False,
+        progress: Progress = lambda done, total: None,
+        check: Check = lambda: None,
+    ) -> None:
+        """Remove and add documents as one change: all of it happens or none, and no reader sees a part of it.
+
+        Takes what :meth:`add` and :meth:`remove` take, and raises what they raise.
+        """
         with self._lock:
-            wanted = list(document_ids)
-            _require(self._state, wanted)
-            state, again = _without(self._state, wanted)
-            self._state = self._with(state, again, True, lambda done, total: None, lambda: None)
+            state, gone = self._state, dict.fromkeys(remove)
+            _require(state, list(gone))
+            given = {document.id: document for document in documents}
+            for document in given.values():
+                if not document.text.strip():
+                    raise EmptyCorpusError(f"document {document.id!r} is empty; leave it out")
+            held = {key: document for key, document in state.documents.items() if key not in gone}
+            fresh = {key: one for key, one in given.items() if key not in held or held[key].text != one.text}
+            kept = {key: given.get(key, one) for key, one in held.items() if key not in fresh}
+            if not fresh and not gone:
+                if any(state.documents[key] is not document for key, document in kept.items()):
+                    self._state = replace(state, documents=kept)
+            else:
+                chunks = self._cut_without(state, {*gone, *fresh}) + self._cut(fresh.values(), packed)
+                self._state = self._become(state, {**kept, **fresh}, chunks, progress, check)
+
+    def restore(self, state: MemoryState) -> None:
+        """Go back to a version that :attr:`state` gave: what a caller could not finish has not happened."""
+        with self._lock:
+            self._state = state
 
     def subset(self, document_ids: Iterable[str]) -> Memory:
-        """Return a memory of some documents only (a filter); chunk KV is gathered once, nothing is computed."""
+        """Return a memory of some documents only (a filter), for reading: what is added to it is kept nowhere.
+
+        Chunk KV is gathered once; only chunks that packed documents shared with others are computed.
+        """
         kept, state = set(document_ids), self._state
         _require(state, sorted(kept))
-        state, _ = _without(state, [key for key in state.documents if key not in kept])
-        state = replace(state, slabs=self._joined(state.slabs))
-        return Memory(self.encoder, self.store, state)
+        documents = {key: document for key, document in state.documents.items() if key in kept}
+        chunks = self._cut_without(state, state.documents.keys() - kept)
+        part = self.snapshot()
+        part._state = part._become(state, documents, chunks)
+        return part
 
     def snapshot(self) -> Memory:
-        """Return this memory as it is now; later changes of either are not seen by the other."""
-        return Memory(self.encoder, self.store, self._state)
+        """Return this memory as it is now, for reading; later changes of either are not seen by the other."""
+        copy = Memory(self.encoder, None, self._state)
+        copy._source = self._source
+        return copy
 
     # -- persistence --------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path, progress: Progress = lambda done, total: None) -> None:
-        """Write documents, chunks and KV to ``folder``; saving again writes only what is new."""
-        folder = Path(folder)
-        store = Store(folder / "kv")
-        state, total, done = self._state, self.tokens, 0
-        for slab in state.slabs:
-            for chunk, tensor in slab.tensors():
-                store.put(self.encoder.key(chunk), tensor)
-                done += len(chunk.ids)
-                progress(done, total)
-        rows = [json.dumps(asdict(document), ensure_ascii=False) for document in state.documents.values()]
-        write_atomically(folder / "documents.jsonl", ("\n".join(rows) + "\n").encode())
-        entries = [
-            {"key": self.encoder.key(chunk), "ids": chunk.ids, "spans": [asdict(span) for span in chunk.spans]}
-            for chunk in state.chunks
-        ]
-        facts, config = self.encoder.facts(), self.encoder.config.to_dict()
-        manifest = {"format": FORMAT, "facts": facts, "config": config, "chunks": entries}
-        write_atomically(folder / "memory.json", json.dumps(manifest).encode())
-        store.prune({str(entry["key"]) for entry in entries})
+    def save(
+        self,
+        folder: str | Path | Store,
+        progress: Progress = lambda done, total: None,
+        *,
+        name: str = DEFAULT_NAME,
+        replace: bool = False,
+    ) -> None:
+        """Merge what changed since it was loaded or saved there into a collection; only what is new is written.
+
+        Documents that others have put there stay, and those of the same id are replaced; it is done whole or not at
+        all.
+
+        Args:
+            folder: of the store, made if absent.
+            progress: called with tokens done and to do.
+            name: of the collection.
+            replace: drop the documents of the collection that this memory does not hold.
+
+        Raises:
+            StoreError: it cannot be written, or was made by another model; nothing is changed then.
+            ConfigError: metadata hold what JSON cannot.
+        """
+        store = folder if isinstance(folder, Store) else Store(folder)
+        with self._lock:
+            state, origin = self._state, self._origin
+            known = origin if origin is not None and origin.is_at(store, name) else _Origin(store, name, -1, {})
+            sums = {key: row_sum(document) for key, document in state.documents.items()}
+            changed = {key for key, checksum in sums.items() if known.sums.get(key) != checksum}
+            removed = known.sums.keys() - sums.keys()
+            keys = {id(chunk): self.encoder.key(chunk) for chunk in state.chunks}
+            self._put(store, keys, progress)
+            chunks = [(store.address(keys[id(chunk)]), chunk) for chunk in state.chunks]
+            change = Change(state.documents, chunks, changed, removed, replace)
+            try:
+                info = store.commit(name, self.encoder.facts(), self.encoder.config.to_dict(), change)
+            except MissingChunksError:  # pruned since they were looked for
+                self._put(store, keys, progress)
+                info = store.commit(name, self.encoder.facts(), self.encoder.config.to_dict(), change)
+            version = info.version if info.version == known.version + 1 else -1  # others' changes are to be read
+            self._origin = _Origin(store, name, version, sums)
+
+    def refresh(self) -> bool:
+        """Read what other writers have changed in the collection since this was loaded or saved; tell whether any.
+
+        Changes of this memory that were not saved are dropped.
+        """
+        with self._lock:
+            origin = self._origin
+            if origin is None or origin.store.collection(origin.name).version == origin.version:
+                return False
+            contents = checked_contents(origin.store, origin.name, self.encoder)
+            known = {(chunk.ids, chunk.spans): chunk for chunk in self._state.chunks}
+            chunks = [known.get((chunk.ids, chunk.spans), chunk) for _, chunk in contents.chunks]
+            self._state = self._become(self._state, contents.documents, chunks)
+            self._origin = _Origin.of(origin.store, contents)
+            return True
 
     @classmethod
-    def load(cls, folder: str | Path, encoder: ChunkEncoder, progress: Progress = lambda done, total: None) -> Memory:
-        """Read a saved memory; nothing is computed.
+    def load(
+        cls,
+        folder: str | Path | Store,
+        encoder: ChunkEncoder,
+        progress: Progress = lambda done, total: None,
+        *,
+        name: str = DEFAULT_NAME,
+    ) -> Memory:
+        """Read a collection; nothing is computed and nothing is written.
 
         Raises:
             StoreError: there is none, it is damaged, or it was made by other weights or settings.
         """
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        if manifest["facts"] != encoder.facts():
-            found, own = manifest["facts"], encoder.facts()
-            differ = ", ".join(
-                f"{key}: {found.get(key)!r} there, {own[key]!r} here" for key in own if found.get(key) != own[key]
-            )
-            raise StoreError(f"{folder} was made by another model or settings ({differ}); index the documents again")
-        try:
-            lines = (folder / "documents.jsonl").read_text(encoding="utf-8").split("\n")
-            documents = [Document(**json.loads(line)) for line in lines if line]
-            chunks = tuple(
-                Chunk(tuple(item["ids"]), tuple(Span(**span) for span in item["spans"])) for item in manifest["chunks"]
-            )
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise StoreError(f"{folder} is damaged ({error}); index the documents again") from error
-        store, loaded, total = Store(folder / "kv"), 0, sum(len(chunk.ids) for chunk in chunks)
+        store = folder if isinstance(folder, Store) else Store(folder, read_only=True)
+        contents = checked_contents(store, name, encoder)
+        chunks = [chunk for _, chunk in contents.chunks]
+        loaded, total = 0, sum(len(chunk.ids) for chunk in chunks)
         slabs = []
         for group in encoder.layout.groups(chunks):
             tensors = []
             for alike in group:
-                tensors.append(store.get(encoder.key(alike[0])).to(encoder.base.device))
+                tensors.append(_kv(store.get(encoder.key(alike[0]))).to(encoder.base.device))
                 loaded += sum(len(chunk.ids) for chunk in alike)
                 progress(loaded, total)
             slabs.append(Slab.of(group, ChunkBatch.gather(tensors)))
-        return cls(encoder, store, MemoryState({item.id: item for item in documents}, chunks, tuple(slabs)))
+        memory = cls(encoder, None, MemoryState(contents.documents, tuple(chunks), tuple(slabs)))
+        memory._source, memory._origin = store, _Origin.of(store, contents)
+        return memory
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _with(
-        self, state: MemoryState, documents: list[Document], packed: bool, progress: Progress, check: Check
-    ) -> MemoryState:
+    def _cut(self, documents: Iterable[Document], packed: bool) -> list[Chunk]:
         chunks = [chunk for document in documents for chunk in self.encoder.cut(document)]
-        if packed:
-            separator = tuple(self.encoder.tokenizer.encode("\n\n"))
-            chunks = pack(chunks, self.encoder.config.chunk_size, separator)
-        total, done = sum(len(chunk.ids) for chunk in chunks), 0
-        slabs = []
-        for group in self.encoder.layout.groups(chunks):
+        if not packed:
+            return chunks
+        return pack(chunks, self.encoder.config.chunk_size, self.encoder.separator)
+
+    def _cut_without(self, state: MemoryState, gone: set[str]) -> list[Chunk]:
+        """Return the chunks without these documents: of one that others share, what is theirs is left."""
+        chunks: list[Chunk] = []
+        for chunk in state.chunks:
+            spans = tuple(span for span in chunk.spans if span.document_id not in gone)
+            if len(spans) == len(chunk.spans):
+                chunks.append(chunk)
+            elif spans:
+                parts = [self.encoder.ids_of(state.documents[span.document_id], span) for span in spans]
+                chunks.append(Chunk(tuple(joined(parts, self.encoder.separator)), spans))
+        return chunks
+
+    def _become(
+        self,
+        state: MemoryState,
+        documents: dict[str, Document],
+        chunks: Sequence[Chunk],
+        progress: Progress = lambda done, total: None,
+        check: Check = lambda: None,
+    ) -> MemoryState:
+        """Return a state of these chunks: the KV of those that ``state`` has stays, the others' is computed."""
+        present, wanted = {id(chunk) for chunk in state.chunks}, {id(chunk) for chunk in chunks}
+        slabs = [kept for slab in state.slabs if (kept := slab.without(present - wanted)) is not None]
+        fresh = [chunk for chunk in chunks if id(chunk) not in present]
+        total, done = sum(len(chunk.ids) for chunk in fresh), 0
+        for group in self.encoder.layout.groups(fresh):
             batch = self._encode(group, lambda tokens, before=done: progress(before + tokens, total), check)  # type: ignore[misc]
             slabs.append(Slab.of(group, batch))
             done += sum(len(chunk.ids) for alike in group for chunk in alike)
-        return MemoryState(
-            {**state.documents, **{document.id: document for document in documents}},
-            (*state.chunks, *chunks),
-            self._joined([*state.slabs, *slabs]),
-        )
+        return MemoryState(documents, tuple(chunks), self._joined(slabs))
 
     def _joined(self, slabs: Sequence[Slab]) -> tuple[Slab, ...]:
         """Join small slabs, which makes steps faster, unless there is no room to do it."""
@@ -323,12 +330,7 @@ class Memory:
             raise _too_large(len(rows), error) from error
         keys = [encoder.key(alike[0]) for alike in groups]
         tokens = [sum(len(chunk.ids) for chunk in alike) for alike in groups]
-        missing = []
-        for index, key in enumerate(keys):
-            if self.store is not None and key in self.store:
-                batch.chunk(index).copy_(self.store.get(key))
-            else:
-                missing.append(index)
+        missing = self._fetch(keys, batch)
         done = sum(tokens) - sum(tokens[index] for index in missing)
         most = _BATCH_TOKENS.get(encoder.base.device.type, 4096)
         while missing:
@@ -345,30 +347,88 @@ class Memory:
                 continue
             for position, index in enumerate(missing[:count]):
                 batch.chunk(index).copy_(piece.chunk(position))
-                if self.store is not None:
-                    self.store.put(keys[index], piece.chunk(position))
                 done += tokens[index]
+            if self.store is not None:
+                self.store.put_all({keys[index]: _tensors(batch.chunk(index)) for index in missing[:count]})
             missing = missing[count:]
             progress(done)
         return batch
 
+    def _fetch(self, keys: Sequence[str], batch: ChunkBatch) -> list[int]:
+        """Copy what the store has into the batch and return the rows that it has not, or that are damaged there."""
+        missing, source = [], self.store if self.store is not None else self._source
+        held = source.holds(keys) if source is not None else set()
+        for index, key in enumerate(keys):
+            try:
+                if source is None or key not in held:
+                    raise StoreError("it is to be computed")
+                batch.chunk(index).copy_(_kv(source.get(key)))
+            except StoreError:
+                missing.append(index)
+        return missing
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return ``memory.json`` of a saved memory.
+    def _put(self, store: Store, keys: Mapping[int, str], progress: Progress) -> None:
+        """Write the chunk KV that a store has not, some at a time."""
+        present, total, done = store.holds(set(keys.values())), self.tokens, 0
+        waiting: dict[str, Tensors] = {}
+        for chunk, tensor in self._tensors():
+            key = keys[id(chunk)]
+            if key not in present:
+                present.add(key)
+                waiting[key] = _tensors(tensor)
+            if sum(item["kv"].nbytes for item in waiting.values()) >= _PUT_BYTES:
+                store.put_all(waiting)
+                waiting = {}
+            done += len(chunk.ids)
+            progress(done, total)
+        if waiting:
+            store.put_all(waiting)
 
-    Raises:
-        StoreError: absent, unreadable, or of another format.
-    """
-    path = folder / "memory.json"
-    if not path.is_file():
-        raise StoreError(f"no saved memory in {folder} (memory.json is missing); make one with `focusllm index`")
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise StoreError(f"{path} is damaged ({error}); index the documents again") from error
-    if manifest.get("format") != FORMAT:
-        raise StoreError(f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT}; index again")
-    return manifest
+    def _tensors(self) -> Iterator[tuple[Chunk, Tensor]]:
+        for slab in self._state.slabs:
+            yield from slab.tensors()
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The collection that a memory was loaded from or saved to, as it was then."""
+
+    store: Store
+    name: str
+    version: int
+    sums: Mapping[str, bytes]
+
+    @classmethod
+    def of(cls, store: Store, contents: Contents) -> _Origin:
+        sums = {key: row_sum(document) for key, document in contents.documents.items()}
+        return cls(store, contents.info.name, contents.info.version, sums)
+
+    def is_at(self, store: Store, name: str) -> bool:
+        same = self.store.folder.resolve() == store.folder.resolve()
+        return same and (self.name, self.store.tenant) == (name, store.tenant)
+
+
+def checked_contents(store: Store, name: str, encoder: ChunkEncoder) -> Contents:
+    """Read a collection's rows; refuse those of another model, and chunks that are not what their key says."""
+    contents = store.read(name)
+    found, own = contents.info.facts, encoder.facts()
+    if found != own:
+        differ = ", ".join(
+            f"{key}: {found.get(key)!r} there, {own.get(key)!r} here"
+            for key in sorted({*own, *found})
+            if found.get(key) != own.get(key)
+        )
+        raise StoreError(
+            f"{store.folder} was made by another model or settings ({differ}); use that model, or index the documents "
+            "again with this one into another collection"
+        )
+    for key, chunk in contents.chunks:
+        if store.address(encoder.key(chunk)) != key:
+            raise StoreError(
+                f"a chunk of {chunk.document_id!r} in {store.folder} is damaged (its key is another's); index the "
+                "documents again"
+            )
+    return contents
 
 
 def _require(state: MemoryState, document_ids: Sequence[str]) -> None:
@@ -377,19 +437,14 @@ def _require(state: MemoryState, document_ids: Sequence[str]) -> None:
         raise ConfigError(f"no document {unknown[0]!r} in memory; it holds {len(state.documents)} documents")
 
 
-def _without(state: MemoryState, document_ids: Sequence[str]) -> tuple[MemoryState, list[Document]]:
-    """Drop documents; also return documents that shared a packed chunk with them and must be read again."""
-    gone = set(document_ids)
-    touched = [chunk for chunk in state.chunks if any(span.document_id in gone for span in chunk.spans)]
-    sharing = {span.document_id for chunk in touched for span in chunk.spans} - gone
-    if sharing:
-        again = [state.documents[key] for key in state.documents if key in sharing]
-        return _without(state, [*gone, *sharing])[0], again
-    lost = set(map(id, touched))
-    slabs = tuple(kept for slab in state.slabs if (kept := slab.without(lost)) is not None)
-    documents = {key: document for key, document in state.documents.items() if key not in gone}
-    chunks = tuple(chunk for chunk in state.chunks if id(chunk) not in lost)
-    return MemoryState(documents, chunks, slabs), []
+def _tensors(chunk: Tensor) -> Tensors:
+    return {"kv": chunk}
+
+
+def _kv(tensors: Tensors) -> Tensor:
+    if set(tensors) != {"kv"}:
+        raise StoreError(f"chunk KV of an unknown form ({', '.join(sorted(tensors))}); index the documents again")
+    return tensors["kv"]
 
 
 def _too_large(chunks: int, error: BaseException) -> OutOfMemoryError:

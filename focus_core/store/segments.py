@@ -1,160 +1,200 @@
-"""Keep chunk KV on disk, addressed by what it was computed from.
+"""Keep the chunk KV of one chunk in one file, addressed by what it was computed from.
 
-The key of a chunk is the hash of everything its KV depends on, so equal text is stored once and other weights can never
-be mistaken for the right ones. Tensors are safetensors files (no pickle), bookkeeping is SQLite; a file appears by
-rename after fsync, and a row only after its file, so a crash leaves whole chunks only. The store knows no documents.
+A segment is a safetensors file of named tensors whose first axis is the layer, so that one layer is one run of bytes.
+Its name is its key, 64 hex digits, and nothing else makes a path: no entry of a catalogue can lead out of the folder.
+A segment appears by rename after fsync, and its folder is synced before anybody is told of it. Nothing here knows
+documents or SQL.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
-import sqlite3
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import os
+import re
+import stat
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, uint8
 
 from focus_core.errors import StoreError
-from focus_core.files import write_atomically
+from focus_core.files import sync_folder, write_durably
+from focus_core.hardware import dtype_name
 
-FORMAT = 1
+ENGINE_FORMAT = 1
+"""Part of every key: raised when the same ids through the same weights would give other KV."""
+
+Tensors = Mapping[str, Tensor]
+"""Chunk KV of one chunk: named tensors, (layers, ...) each."""
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+_STALE = 24 * 3600.0
+_numbers = itertools.count()
 
 
-def chunk_key(facts: dict[str, Any], ids: Iterable[int]) -> str:
-    """Return the address of a chunk: sha256 of ``facts`` (weights, dtype, sink, RoPE) and its row's token ids."""
-    head = json.dumps({"format": FORMAT, **facts}, sort_keys=True).encode()
+def chunk_key(facts: Mapping[str, Any], ids: Iterable[int]) -> str:
+    """Return the address of a chunk: sha256 of ``facts`` (weights, KV format, sink, RoPE) and its row's token ids."""
+    head = json.dumps({"format": ENGINE_FORMAT, **facts}, sort_keys=True).encode()
     return hashlib.sha256(head + b"\0" + b",".join(str(token).encode() for token in ids)).hexdigest()
 
 
-class ChunkStore(Protocol):
-    """What a memory asks of a place that keeps chunk KV: :class:`Store` on disk, or a cache in memory."""
-
-    def __contains__(self, key: str) -> bool: ...
-
-    def get(self, key: str) -> Tensor:
-        """Return one chunk's (layers, 2, kv_heads, length, head_dim)."""
-
-    def put(self, key: str, chunk: Tensor) -> bool:
-        """Keep one chunk's KV; return whether it was new."""
+def is_key(key: str) -> bool:
+    """Whether a text can name a segment."""
+    return _KEY.fullmatch(key) is not None
 
 
-class Store:
-    """Chunk KV under one folder; safe for several readers and writers.
+@dataclass(frozen=True)
+class SegmentFacts:
+    """What a catalogue keeps of a segment.
 
     Args:
-        folder: created if absent.
-
-    Raises:
-        StoreError: the folder is of another format, or its index is damaged.
+        size: bytes of the file.
+        nbytes: bytes of the tensors.
+        tensors: of each, its dtype, shape and a checksum a layer.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._index() as index:
-            index.execute("CREATE TABLE IF NOT EXISTS meta (format INTEGER NOT NULL)")
-            index.execute(
-                "CREATE TABLE IF NOT EXISTS chunks (key TEXT PRIMARY KEY, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL)"
-            )
-            row = index.execute("SELECT format FROM meta").fetchone()
-            if row is None:
-                index.execute("INSERT INTO meta VALUES (?)", (FORMAT,))
-            elif row[0] != FORMAT:
-                raise StoreError(
-                    f"{self.folder} has store format {row[0]}, this version reads {FORMAT}; build it again"
-                )
+    size: int
+    nbytes: int
+    tensors: dict[str, dict[str, Any]]
 
-    def __contains__(self, key: str) -> bool:
-        with self._index() as index:
-            return index.execute("SELECT 1 FROM chunks WHERE key = ?", (key,)).fetchone() is not None
+    def to_json(self) -> str:
+        """Return the tensors' facts as a catalogue keeps them."""
+        return json.dumps(self.tensors, sort_keys=True)
 
-    def __len__(self) -> int:
-        with self._index() as index:
-            return int(index.execute("SELECT COUNT(*) FROM chunks").fetchone()[0])
 
-    def keys(self) -> list[str]:
-        """Return all keys, sorted."""
-        with self._index() as index:
-            return [row[0] for row in index.execute("SELECT key FROM chunks ORDER BY key")]
+@dataclass(frozen=True)
+class Staged:
+    """A segment that is written and synced, but not in its place."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all stored tensors."""
-        with self._index() as index:
-            return int(index.execute("SELECT COALESCE(SUM(bytes), 0) FROM chunks").fetchone()[0])
+    key: str
+    partial: Path
+    facts: SegmentFacts
 
-    def put(self, key: str, chunk: Tensor) -> bool:
-        """Write one chunk's KV; return whether it was new. Writing a key again does nothing."""
-        if key in self:
-            return False
-        data = save({"kv": chunk.detach().cpu().contiguous()}, metadata={"key": key})
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data)
-        with self._index() as index:
-            digest = hashlib.sha256(data).hexdigest()
-            index.execute("INSERT OR IGNORE INTO chunks VALUES (?, ?, ?)", (key, chunk.nbytes, digest))
-        return True
 
-    def get(self, key: str) -> Tensor:
-        """Return one chunk's KV (layers, 2, kv_heads, length, head_dim), bit-identical to what was put.
+class Segments:
+    """The files of chunk KV under one folder.
 
-        Raises:
-            StoreError: the chunk is absent, or its bytes are not those that were written.
-        """
-        with self._index() as index:
-            row = index.execute("SELECT sha256 FROM chunks WHERE key = ?", (key,)).fetchone()
-        if row is None:
-            raise StoreError(f"no chunk {key[:12]} in {self.folder}; index the documents again")
-        try:
-            data = self._path(key).read_bytes()
-        except OSError as error:
-            raise StoreError(f"chunk {key[:12]} of {self.folder} cannot be read ({error}); index again") from error
-        if hashlib.sha256(data).hexdigest() != row[0]:
-            raise StoreError(
-                f"chunk {key[:12]} of {self.folder} is damaged (checksum differs); run verify() and index again"
-            )
-        try:
-            return load(data)["kv"]
-        except (SafetensorError, KeyError) as error:
-            raise StoreError(f"chunk {key[:12]} of {self.folder} is not a chunk file; index again") from error
+    Args:
+        folder: of the segments alone; made when the first is written.
+    """
 
-    def verify(self) -> list[str]:
-        """Return the keys of damaged or missing chunks."""
-        bad = []
-        for key in self.keys():
-            try:
-                self.get(key)
-            except StoreError:
-                bad.append(key)
-        return bad
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    def prune(self, keep: Iterable[str]) -> int:
-        """Delete all chunks but ``keep``; return how many went."""
-        gone = sorted(set(self.keys()) - set(keep))
-        with self._index() as index:
-            index.executemany("DELETE FROM chunks WHERE key = ?", [(key,) for key in gone])
-        for key in gone:
-            self._path(key).unlink(missing_ok=True)
-        return len(gone)
-
-    def _path(self, key: str) -> Path:
+    def path(self, key: str) -> Path:
+        """Return where a segment lies; raises ``StoreError`` for what is no key."""
+        if not is_key(key):
+            raise StoreError(f"{key[:80]!r} is no key of chunk KV (64 hex digits); {self.folder} is not to be trusted")
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    @contextmanager
-    def _index(self) -> Iterator[sqlite3.Connection]:
-        connection = sqlite3.connect(self.folder / "index.sqlite", timeout=30.0)
+    def stage(self, key: str, tensors: Tensors) -> Staged:
+        """Write a segment beside its place and wait until the disk has it."""
+        self.path(key)
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        data = save(plain, metadata={"key": key})
+        self._make(self.folder)
+        partial = self.folder / f".{key}.{os.getpid()}-{threading.get_ident()}-{next(_numbers)}.partial"
         try:
-            with connection:
-                yield connection
-        except sqlite3.DatabaseError as error:
-            raise StoreError(
-                f"the index of {self.folder} cannot be used ({error}); index the documents again"
-            ) from error
-        finally:
-            connection.close()
+            write_durably(partial, data)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        nbytes = sum(tensor.nbytes for tensor in plain.values())
+        return Staged(key, partial, SegmentFacts(len(data), nbytes, {name: describe(plain[name]) for name in plain}))
+
+    def publish(self, staged: Iterable[Staged]) -> None:
+        """Move staged segments to their places and wait until the disk knows; the caller holds the write lock."""
+        folders = set()
+        for item in staged:
+            path = self.path(item.key)
+            self._make(path.parent)
+            os.replace(item.partial, path)  # noqa: PTH105 (tests record the calls of os)
+            folders.add(path.parent)
+        for folder in sorted(folders):
+            sync_folder(folder)
+
+    def whole(self, key: str, size: int) -> bool:
+        """Whether a file of this size is there; its bytes are not read."""
+        try:
+            found = self.path(key).lstat()
+        except OSError:
+            return False
+        return stat.S_ISREG(found.st_mode) and found.st_size == size
+
+    def read(self, key: str, facts: SegmentFacts) -> dict[str, Tensor]:
+        """Return a segment's tensors, bit-identical to what was put.
+
+        Raises:
+            StoreError: it is absent, or not what was written.
+        """
+        again = "mend it with `focusllm verify --repair`"
+        try:
+            data = self._bytes(self.path(key))
+        except OSError as error:
+            raise StoreError(f"chunk {key[:12]} of {self.folder} cannot be read ({error}); {again}") from error
+        try:
+            tensors = load(data)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise StoreError(f"chunk {key[:12]} of {self.folder} is damaged ({error}); {again}") from error
+        if {name: describe(tensor) for name, tensor in tensors.items()} != facts.tensors:
+            raise StoreError(f"chunk {key[:12]} of {self.folder} is damaged (checksum differs); {again}")
+        return tensors
+
+    def delete(self, key: str) -> None:
+        """Remove a segment; the caller holds the write lock."""
+        path = self.path(key)
+        self._inside(path.parent)
+        path.unlink(missing_ok=True)
+
+    def found(self) -> Iterator[str]:
+        """Yield the keys of all files that are there, catalogued or not."""
+        for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
+            if len(folder.name) == 2 and folder.is_dir() and not folder.is_symlink():
+                for file in sorted(folder.glob("*.safetensors")):
+                    if is_key(file.stem) and file.stem[:2] == folder.name:
+                        yield file.stem
+
+    def sweep(self) -> None:
+        """Remove what stopped writers left of segments that never came to be."""
+        for file in self.folder.glob(".*.partial") if self.folder.is_dir() else []:
+            try:
+                if time.time() - file.lstat().st_mtime > _STALE:
+                    file.unlink()
+            except FileNotFoundError:
+                continue  # its writer is at work
+
+    def _make(self, folder: Path) -> None:
+        self._inside(folder)
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)
+
+    def _inside(self, folder: Path) -> None:
+        for part in (self.folder, folder):
+            if part.is_symlink():
+                raise StoreError(f"{part} is a link that leads out of the store; nothing is written or removed there")
+
+    def _bytes(self, path: Path) -> bytes:
+        self._inside(path.parent)
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is no file")
+            return file.read()
+
+
+def describe(tensor: Tensor) -> dict[str, Any]:
+    """Return dtype, shape and a checksum a layer (xxh3, 128 bits) of a contiguous tensor whose first axis is layers."""
+    layers = tensor.unsqueeze(0) if tensor.dim() == 0 else tensor
+    sums = [xxhash.xxh3_128_hexdigest(layer.reshape(-1).view(uint8).numpy().data) for layer in layers]
+    return {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "sums": sums}

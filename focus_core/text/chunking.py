@@ -8,7 +8,7 @@ unless :func:`pack` is called. Pure functions of ids and text: no model, no torc
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,6 +91,14 @@ def pack(chunks: Iterable[Chunk], size: int, separator: tuple[int, ...] = ()) ->
         else:
             packed.append(chunk)
     return packed
+
+
+def joined(parts: Iterable[Sequence[int]], separator: Sequence[int]) -> list[int]:
+    """Return ids with ``separator`` between them, as :func:`pack` joins chunks."""
+    ids: list[int] = []
+    for part in parts:
+        ids += [*(separator if ids else ()), *part]
+    return ids
 
 
 def _boundary(text: str, encoded: Encoded, first: int, limit: int) -> int:

@@ -18,7 +18,7 @@ from focus_core.errors import EmptyCorpusError
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 from focus_core.model.hub import AdapterInfo, LoadedBase, load_adapter, save_adapter
-from focus_core.store.memory import check_sliding_window
+from focus_core.store.encoder import check_sliding_window
 from focus_core.text.tokenization import TextTokenizer
 from focus_core.training.checkpoint import Totals
 from focus_core.training.data import NOT_THERE, SHORT_ANSWER, SYSTEM, ExampleStream

@@ -20,9 +20,10 @@ from focus_core.answers import Answer, AnswerStream
 from focus_core.config import DecodeConfig
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
-from focus_core.session.documents import canonical, citations, fingerprint, source_dicts
+from focus_core.session.documents import citations, fingerprint, source_dicts
 from focus_core.session.engines import Held, MemoryHolder, engine_fingerprint, shared_engine
 from focus_core.store.memory import Memory
+from focus_core.text.corpus import canonical
 
 PROVIDER = "focusllm"
 CONFIG = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True, protected_namespaces=(), extra="forbid")

@@ -30,8 +30,8 @@ from focus_core.answers import Answer, AnswerStream
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError, FocusError, NotTextError
 from focus_core.model.chat import CALL_CLOSE, CALL_OPEN, Message, Role, Tool, ToolCall, ToolCallParser
-from focus_core.session.documents import canonical, written
-from focus_core.text.corpus import Document
+from focus_core.session.documents import written
+from focus_core.text.corpus import Document, canonical
 
 logger = logging.getLogger(__name__)
 

@@ -28,9 +28,10 @@ from llama_index_instrumentation import get_dispatcher
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from focus_core.errors import StoreError
-from focus_core.files import write_atomically
+from focus_core.files import is_store, write_atomically
+from focus_core.store.database import Store
 from focus_core.store.memory import Memory, Progress
-from focus_core.store.segments import Store
+from focus_core.store.migration import DEFAULT_NAME
 from focus_integrations.llama_index._nodes import to_documents
 from focus_integrations.llama_index.chat_engine import chat_engine
 from focus_integrations.llama_index.events import FocusPrefillEvent
@@ -39,10 +40,10 @@ from focus_integrations.llama_index.node_parser import FocusNodeParser
 from focus_integrations.llama_index.query_engine import query_engine
 from focus_integrations.llama_index.retriever import FocusRetriever
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "focus_index.json"
 MEMORY = "focus_memory"
-_CHECKED = ("docstore.json", "index_store.json", f"{MEMORY}/memory.json")
+_CHECKED = ("docstore.json", "index_store.json")
 
 dispatcher = get_dispatcher(__name__)
 
@@ -266,11 +267,13 @@ class FocusMemoryIndex(BaseIndex[IndexList]):
         folder = Path(persist_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._storage_context.persist(folder)
-        self.memory.save(folder / MEMORY, progress)
+        store = Store(folder / MEMORY)
+        self.memory.save(store, progress, replace=True)
         manifest = {
             "format": FORMAT,
             "index_id": self.index_id,
             "metadata_mode": self.metadata_mode.value,
+            "memory": store.collection(DEFAULT_NAME).digest,
             "files": {name: _digest(folder / name) for name in _CHECKED if (folder / name).is_file()},
         }
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -299,7 +302,10 @@ class FocusMemoryIndex(BaseIndex[IndexList]):
         """
         folder, llm = Path(persist_dir), llm or FocusLLM()
         manifest = _manifest(folder)
-        memory = llm.engine.load_memory(folder / MEMORY, load_progress)
+        store = Store(folder / MEMORY, read_only=True)
+        if manifest["format"] > 1 and store.collection(DEFAULT_NAME).digest != manifest["memory"]:
+            raise StoreError(f"{folder / MEMORY} is not the one that was persisted; persist the index again")
+        memory = Memory.load(store, llm.engine.encoder, load_progress)
         try:
             context = storage_context or StorageContext.from_defaults(persist_dir=str(folder))
             struct = context.index_store.get_index_struct(manifest["index_id"])
@@ -321,12 +327,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
         files, found = dict(manifest["files"]), manifest["format"]
-        manifest["index_id"], manifest["metadata_mode"]
+        manifest["index_id"], manifest["metadata_mode"], manifest["memory" if found == FORMAT else "files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path} is damaged ({error}); persist the index again") from error
-    if found != FORMAT:
+    if found not in (1, FORMAT):
         raise StoreError(f"{path} has format {found!r}, this version reads {FORMAT}; build the index again")
     for name, digest in files.items():
+        if found == 1 and name == f"{MEMORY}/memory.json" and is_store(folder / MEMORY):
+            continue  # checked when it is brought to this version's form
         if not (folder / name).is_file() or _digest(folder / name) != digest:
             raise StoreError(f"{folder / name} is missing or not the one that was persisted; persist the index again")
     return manifest

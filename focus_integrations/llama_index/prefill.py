@@ -14,8 +14,8 @@ from llama_index.core.bridge.pydantic import Field, SerializeAsAny
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 from llama_index_instrumentation import get_dispatcher
 
+from focus_core.store.database import Store
 from focus_core.store.memory import Memory
-from focus_core.store.segments import Store
 from focus_core.text.corpus import Document
 from focus_integrations.llama_index._nodes import to_documents
 from focus_integrations.llama_index.events import FocusPrefillEvent

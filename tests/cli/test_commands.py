@@ -45,18 +45,25 @@ def test_ask_json_heatmap_and_stdin(run, files, tmp_path):
 
 
 def test_a_memory_is_kept_extended_and_pruned(run, files, tmp_path):
-    """index writes a memory; ask reads it without files; a changed file is read again; --remove forgets."""
+    """index writes a memory; ask reads it without files; a changed file is read again; --sync forgets vanished ones."""
     memory = tmp_path / "memory"
     assert run("index", files, "--memory", memory)[0] == 0
     code, out, _ = run("ask", "who?", "--memory", memory, "--json", "--max-tokens", 2)
     before = json.loads(out)
     assert code == 0
     (files / "b.md").write_text("the mat. " * 40)
-    _, out, _ = run("ask", "who?", files, "--memory", memory, "--json", "--max-tokens", 2)
+    _, _, err = run("index", files, "--memory", memory)
+    assert "1 changed, 1 unchanged" in err
+    _, out, _ = run("ask", "who?", "--memory", memory, "--json", "--max-tokens", 2)
     assert json.loads(out)["usage"]["memory"] > before["usage"]["memory"]
-    code, _, err = run("index", "--memory", memory, "--remove", files / "a.txt")
+    (files / "a.txt").unlink()
+    _, _, err = run("index", files, "--memory", memory)
+    assert "1 documents are no longer there" in err
+    code, _, err = run("index", files, "--memory", memory, "--sync")
     assert code == 0
-    assert "1 documents" in err
+    assert "1 removed, 1 unchanged" in err
+    _, out, _ = run("ask", "who?", "--memory", memory, "--json", "--max-tokens", 2)
+    assert {item["document_id"] for item in json.loads(out)["sources"]} == {str(files / "b.md")}
 
 
 def test_chat_answers_until_an_empty_line(run, files, monkeypatch):
@@ -155,7 +162,8 @@ def test_eval_questions_and_heads(run, tmp_path):
         (["ask", "who?", "nowhere.txt"], 2, "no file or folder at 'nowhere.txt'"),
         (["ask", "who? " * 400, "FILES"], 2, "shorten the question"),
         (["ask", "who?", "FILES", "--temperature", "-1"], 2, "temperature must be at least"),
-        (["ask", "who?", "FILES", "--memory", "FILES"], 0, ""),
+        (["ask", "who?", "FILES", "--memory", "FILES"], 3, "no saved memory in"),
+        (["index", "FILES"], 2, "--name contracts"),
         (["ask", "who?", "FILES", "--chunk-size", "4000"], 2, "chunk_size must be at most"),
         (["eval", "riddles"], 2, "unknown task 'riddles'; choose passkey, questions,"),
         (["ask"], 2, "Missing argument"),
@@ -178,7 +186,7 @@ def test_a_base_without_an_adapter_names_the_command(run, base_folder, files):
 
 def test_ctrl_c_in_prefill_is_clean_and_resumes(run, files, tmp_path, monkeypatch):
     """Stopped while reading: exit code 130, one line, what was computed is kept, and the next run finishes."""
-    from focus_core.store import memory as module
+    from focus_core.store import indexing as module
 
     monkeypatch.setitem(module._BATCH_TOKENS, "cpu", 1)
     original, calls = module.encode_chunks, []
@@ -191,11 +199,10 @@ def test_ctrl_c_in_prefill_is_clean_and_resumes(run, files, tmp_path, monkeypatc
 
     monkeypatch.setattr(module, "encode_chunks", interrupted)
     (files / "a.txt").write_text(" ".join(map(str, range(600))))
-    arguments = ["ask", "who?", files, "--memory", tmp_path / "m", "--max-tokens", 1]
+    arguments = ["index", files, "--memory", tmp_path / "m"]
     code, out, err = run(*arguments)
     assert code == 130
     assert out == ""
     assert "stopped; nothing was lost" in err
-    assert not (tmp_path / "m" / "memory.json").exists()
     assert len(list((tmp_path / "m" / "kv").rglob("*.safetensors"))) == 1
     assert run(*arguments)[0] == 0

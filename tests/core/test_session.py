@@ -9,9 +9,10 @@ import pytest
 
 from focus_core import Document
 from focus_core.errors import EmptyCorpusError
-from focus_core.session.documents import canonical, distinct, fingerprint, to_documents, written
+from focus_core.session.documents import fingerprint, to_documents, written
 from focus_core.session.engines import MemoryHolder, asked
 from focus_core.session.long_memory import LongMemory
+from focus_core.text.corpus import canonical, distinct
 
 LONG = "the cat sat on the mat. " * 600
 

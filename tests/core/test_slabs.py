@@ -89,7 +89,7 @@ def test_equal_chunks_share_a_row_also_when_slabs_are_joined():
 
 def test_a_change_copies_one_slab_only(make_engine, monkeypatch):
     """Replacing one document leaves the other slabs' tensors where they are, and answers like a memory made anew."""
-    from focus_core.store import memory as module
+    from focus_core.store import encoder as module
 
     engine = make_engine(chunk_size=32)
     row = 32 * engine.encoder.layout.token_bytes

@@ -22,6 +22,7 @@ from focus_core.evaluation.runner import run, summarise
 from focus_core.evaluation.suite_metrics import Measure
 from focus_core.evaluation.tasks.passkey import passkey
 from focus_core.evaluation.trial import Trial
+from focus_core.store import encoder as encoder_module
 from focus_core.store import memory as memory_module
 from focus_core.store.memory import Memory
 from focus_core.text.corpus import Document
@@ -87,7 +88,7 @@ def test_a_full_cache_keeps_what_it_has(make_engine, counted, monkeypatch):
     documents = [Document(str(index), f"the cat number {index} sat on the mat") for index in range(6)]
     one = Memory(engine.encoder)
     one.add(documents[:1])
-    monkeypatch.setitem(memory_module._SLAB_BYTES, "cpu", int(one.nbytes * 1.5))
+    monkeypatch.setitem(encoder_module._SLAB_BYTES, "cpu", int(one.nbytes * 1.5))
     engine = make_engine(chunk_size=32)
     cache = ChunkCache(limit=int(one.nbytes * 3.5))
     counted.clear()

@@ -26,7 +26,7 @@ from focus_core.method import passes
 from focus_core.model.chat import Message
 from focus_core.model.families import BaseDecoder
 from focus_core.session import engines
-from focus_core.store.memory import ChunkEncoder
+from focus_core.store.encoder import ChunkEncoder
 from focus_integrations.langchain import ChatFocusLLM, FocusLLM
 from tests.langchain.conftest import EndlessEngine, ScriptedEngine, tiny_engine
 

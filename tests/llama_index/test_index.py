@@ -33,8 +33,8 @@ from llama_index.core.tools import QueryEngineTool
 from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
 
 from focus_core.errors import ConfigError, StoreError
+from focus_core.store.database import Store
 from focus_core.store.memory import Memory
-from focus_core.store.segments import Store
 from focus_integrations.llama_index import (
     FocusChatEngine,
     FocusLLM,
@@ -262,7 +262,7 @@ def test_what_is_not_an_index_is_refused(index, llm, make_engine, tmp_path):
         FocusMemoryIndex.load(mixed, llm)
     without = copy("without")
     shutil.rmtree(without / "focus_memory")
-    with pytest.raises(StoreError, match=r"memory\.json is missing"):
+    with pytest.raises(StoreError, match="no saved memory in"):
         FocusMemoryIndex.load(without, llm)
     damaged = copy("damaged")
     chunk = next((damaged / "focus_memory" / "kv").rglob("*.safetensors"))
@@ -286,7 +286,7 @@ def test_a_stopped_persist_is_noticed(index, llm, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "put", killed)
+        patch.setattr(Store, "put_all", killed)
         with pytest.raises(KeyboardInterrupt):
             index.persist(tmp_path)
     with pytest.raises(StoreError, match="was not written to its end"):

@@ -8,14 +8,16 @@ haystack in the same order, which is the one order that dropping the oldest neve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from focus_core.hardware import free_bytes
-from focus_core.store.memory import ChunkEncoder, Memory
+from focus_core.store.encoder import ChunkEncoder
+from focus_core.store.memory import Memory
+from focus_core.store.segments import Tensors
 from focus_core.text.corpus import Document
 
 
@@ -34,22 +36,22 @@ class ChunkCache:
         """Chunks that had to be computed so far."""
         self._chunks: dict[str, Tensor] = {}
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._chunks
+    def holds(self, keys: Iterable[str]) -> set[str]:
+        """Return which keys have chunk KV here."""
+        return self._chunks.keys() & set(keys)
 
     def __len__(self) -> int:
         return len(self._chunks)
 
-    def get(self, key: str) -> Tensor:
+    def get(self, key: str) -> dict[str, Tensor]:
         """Take one chunk's (layers, 2, kv_heads, length, head_dim) out."""
         chunk = self._chunks.pop(key)
         self.nbytes -= chunk.nbytes
-        return chunk
+        return {"kv": chunk}
 
-    def put(self, key: str, chunk: Tensor) -> bool:
-        """Count a chunk that was computed; its KV comes when its memory is given back."""
-        self.encoded += 1
-        return False
+    def put_all(self, items: Mapping[str, Tensors]) -> None:
+        """Count chunks that were computed; their KV comes when their memory is given back."""
+        self.encoded += len(items)
 
     @contextmanager
     def memory(self, encoder: ChunkEncoder, documents: Iterable[Document]) -> Iterator[Memory]:

@@ -1,0 +1,90 @@
+"""Keep a collection like the files that it was read from: read what is new or changed, tell what has vanished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from focus_core.engine import FocusEngine
+from focus_core.errors import EmptyCorpusError
+from focus_core.method.parallel import Check
+from focus_core.store.collections import CollectionInfo
+from focus_core.store.indexing import encode_missing, index_documents
+from focus_core.store.memory import Progress
+from focus_core.store.places import Place
+from focus_core.text.corpus import read_documents
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What indexing did.
+
+    Args:
+        added, changed, unchanged, removed: ids of documents.
+        vanished: ids of documents whose files are gone and that were kept.
+        collection: as it is now.
+    """
+
+    added: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    vanished: list[str] = field(default_factory=list)
+    collection: CollectionInfo | None = None
+
+
+def index_paths(
+    engine: FocusEngine,
+    place: Place,
+    paths: Sequence[str | Path],
+    *,
+    sync: bool = False,
+    progress: Progress = lambda done, total: None,
+    check: Check = lambda: None,
+    skipped: Callable[[Path, str], None] = lambda path, why: None,
+) -> IndexReport:
+    """Read files and folders into a collection; only what is new or has changed is computed.
+
+    Args:
+        engine: reads.
+        place: the collection; made if absent.
+        paths: files, folders, or ``-`` for standard input.
+        sync: take out documents whose files under ``paths`` have vanished.
+        progress: called with tokens done and to do.
+        check: called often; raises to stop; the next run goes on from there.
+        skipped: called with a path and the reason for each file that is left out.
+
+    Raises:
+        CorpusError: a path cannot be read, or nothing to read was found.
+        StoreError: the store cannot be written, or the collection is another model's.
+    """
+    documents = {one.id: one for one in read_documents(paths, skipped=skipped) if one.text.strip()}
+    store = place.open(read_only=False)
+    known = store.listing(place.name) if store.find(place.name) is not None else {}
+    vanished = [name for name in known if name not in documents and _belongs(known[name].metadata.get("source"), paths)]
+    if not documents and not (sync and vanished):
+        raise EmptyCorpusError(
+            f"no text found in {', '.join(map(str, paths)) or 'no paths'}; name files that hold text"
+        )
+    sums = store.text_sums(place.name) if known else {}
+    fresh = [one for one in documents.values() if sums.get(one.id) != one.text_sum]
+    index_documents(store, place.name, engine.encoder, fresh, vanished if sync else (), progress, check)
+    if known:
+        held = [chunk for _, chunk in store.read(place.name).chunks]
+        encode_missing(store, engine.encoder, held, lambda tokens: None, check)  # files that were lost
+    return IndexReport(
+        added=[one.id for one in fresh if one.id not in known],
+        changed=[one.id for one in fresh if one.id in known],
+        unchanged=[name for name in documents if sums.get(name) == documents[name].text_sum],
+        removed=vanished if sync else [],
+        vanished=[] if sync else vanished,
+        collection=store.collection(place.name),
+    )
+
+
+def _belongs(source: object, paths: Sequence[str | Path]) -> bool:
+    """Whether a document came from under one of the paths."""
+    if not isinstance(source, str):
+        return False
+    return any(Path(source) == Path(path) or Path(path) in Path(source).parents for path in paths)

@@ -1,0 +1,150 @@
+"""Compute the chunk KV of documents into a store, holding one batch of it at a time.
+
+A stopped run is taken up where it stopped: chunks are addressed by their content, and each document is committed with
+the documents beside it in one transaction as soon as all of its chunks are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+
+from focus_core.errors import EmptyCorpusError, OutOfMemoryError, StoreError
+from focus_core.hardware import is_out_of_memory
+from focus_core.method.parallel import Check, encode_chunks
+from focus_core.store.collections import Change, MissingChunksError
+from focus_core.store.database import Store
+from focus_core.store.encoder import ChunkEncoder
+from focus_core.store.memory import checked_contents
+from focus_core.text.chunking import Chunk
+from focus_core.text.corpus import Document
+
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+_COMMIT_TOKENS = 16_384
+
+
+def index_documents(
+    store: Store,
+    name: str,
+    encoder: ChunkEncoder,
+    documents: Sequence[Document],
+    removed: Collection[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    check: Check = lambda: None,
+) -> None:
+    """Put documents into a collection and take others out; those that are there unchanged cost nothing.
+
+    Args:
+        store: where to.
+        name: of the collection; made if absent.
+        encoder: of the engine that reads.
+        documents: with text.
+        removed: ids to take out, in the last transaction.
+        progress: called with tokens done and to do.
+        check: called often; raises to stop, and then what was committed stays.
+
+    Raises:
+        EmptyCorpusError: a document holds no text; nothing is changed then.
+        StoreError: the store cannot be written, or the collection was made by another model.
+    """
+    for document in documents:
+        if not document.text.strip():
+            raise EmptyCorpusError(f"document {document.id!r} is empty; leave it out")
+    cut = {document.id: encoder.cut(document) for document in documents}
+    total, done = sum(len(chunk.ids) for chunks in cut.values() for chunk in chunks), 0
+    for group in _groups(documents, cut):
+        held = {document.id: document for document in group}
+        chunks = [chunk for document in group for chunk in cut[document.id]]
+
+        def report(tokens: int, before: int = done) -> None:
+            progress(before + tokens, total)
+
+        _commit(store, name, encoder, held, chunks, () if group[-1] is not documents[-1] else removed, report, check)
+        done += sum(len(chunk.ids) for chunk in chunks)
+        progress(done, total)
+    if removed and not documents:
+        _commit(store, name, encoder, {}, [], removed, lambda tokens: None, check)
+
+
+def repair_collection(store: Store, name: str, encoder: ChunkEncoder, check: Check = lambda: None) -> int:
+    """Compute chunk KV of a collection that is damaged or lost again, and return how many chunks that were.
+
+    Raises:
+        StoreError: the collection's rows are damaged, or it was made by another model.
+    """
+    bad = {}
+    for key, chunk in checked_contents(store, name, encoder).chunks:
+        try:
+            store.get(encoder.key(chunk))
+        except StoreError:
+            bad[key] = chunk
+    for chunk in bad.values():
+        check()
+        batch = encode_chunks(encoder.base, [encoder.row(chunk)], check)
+        store.put_all({encoder.key(chunk): {"kv": batch.chunk(0)}})
+    return len(bad)
+
+
+def encode_missing(
+    store: Store, encoder: ChunkEncoder, chunks: Iterable[Chunk], report: Callable[[int], None], check: Check
+) -> None:
+    """Compute the KV of the chunks that the store has not, and put it there."""
+    wanted = {encoder.key(chunk): chunk for chunk in chunks}
+    held = store.holds(wanted)
+    missing = sorted(((key, wanted[key]) for key in wanted if key not in held), key=lambda item: -len(item[1].ids))
+    done = sum(len(wanted[key].ids) for key in held)
+    most = _BATCH_TOKENS.get(encoder.base.device.type, 4096)
+    while missing:
+        check()
+        count = max(1, min(len(missing), most // (len(missing[0][1].ids) + 1)))
+        batch, rest = missing[:count], missing[count:]
+        try:
+            piece = encode_chunks(encoder.base, [encoder.row(chunk) for _, chunk in batch], check)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if count == 1:
+                raise OutOfMemoryError(
+                    f"not even one chunk fits in memory ({error}); use a smaller chunk size or model"
+                ) from error
+            most //= 2
+            continue
+        store.put_all({key: {"kv": piece.chunk(row)} for row, (key, _) in enumerate(batch)})
+        missing, done = rest, done + sum(len(chunk.ids) for _, chunk in batch)
+        report(done)
+
+
+def _commit(
+    store: Store,
+    name: str,
+    encoder: ChunkEncoder,
+    documents: dict[str, Document],
+    chunks: Sequence[Chunk],
+    removed: Collection[str],
+    report: Callable[[int], None],
+    check: Check,
+) -> None:
+    rows = [(store.address(encoder.key(chunk)), chunk) for chunk in chunks]
+    change = Change(documents, rows, set(documents), removed)
+    for last in (False, True):
+        encode_missing(store, encoder, chunks, report, check)
+        try:
+            store.commit(name, encoder.facts(), encoder.config.to_dict(), change)
+        except MissingChunksError:  # pruned since they were looked for
+            if last:
+                raise
+        else:
+            return
+
+
+def _groups(documents: Sequence[Document], cut: dict[str, list[Chunk]]) -> Iterator[list[Document]]:
+    """Yield documents that are committed together: so many that a commit costs little beside their chunk KV."""
+    group: list[Document] = []
+    tokens = 0
+    for document in documents:
+        group.append(document)
+        tokens += sum(len(chunk.ids) for chunk in cut[document.id])
+        if tokens >= _COMMIT_TOKENS:
+            yield group
+            group, tokens = [], 0
+    if group:
+        yield group
