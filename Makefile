@@ -37,7 +37,8 @@ $(VENV)/.dev: $(VENV)/.base
 demo: $(VENV)/.base
 	@echo "[4/4] a question over Python's language reference (the first run reads it all, later runs do not)"
 	@$(BIN)/python examples/python_reference.py build/python-reference
-	$(BIN)/focusllm ask "$(QUESTION)" build/python-reference --memory build/python-memory
+	$(BIN)/focusllm index build/python-reference --memory build/python-memory
+	$(BIN)/focusllm ask "$(QUESTION)" --memory build/python-memory
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
