@@ -391,15 +391,15 @@ class FocusEngine:
         question = self.info.question_template.replace("{question}", text) if template == "question" else text
         return self.tokenizer.chat(question, self.info.system)
 
-    def split_prompt(self, text: str) -> tuple[str, str]:
+    def split_prompt(self, text: str, whole: int | None = None) -> tuple[str, str]:
         """Split a prompt of any length into (head, tail): the head is to become memory, the tail stays local.
 
-        A prompt that leaves half of the window free stays whole. The tail begins at a paragraph where it can and is no
-        longer than the dynamic prompt, so every chunk sees all of it.
+        A prompt of at most ``whole`` tokens, half of the window if not given, stays whole. The tail begins at a
+        paragraph where it can and is no longer than the dynamic prompt, so every chunk sees all of it.
         """
         encoded = self.tokenizer.encode_with_offsets(text)
         count = len(encoded.ids)
-        if count <= self.config.window // 2:
+        if count <= (self.config.window // 2 if whole is None else whole):
             return "", text
         first = count - min(self.config.prompt_length, count) * 3 // 4
         cut = int(encoded.starts[first])

@@ -273,18 +273,20 @@ def fit_messages(
     messages: Sequence[Message],
     count: Callable[[Sequence[Message]], int],
     room: int,
-    split: Callable[[str], tuple[str, str]],
+    split: Callable[..., tuple[str, str]],
 ) -> tuple[list[Document], list[Message]]:
     """Split a conversation of any length: what does not fit becomes documents for memory, word for word.
 
-    The head of a long last user turn goes first, then the oldest turns, then large tool results, largest first. The
-    system turn and everything from the last user turn on stay, so a tool call is never parted from its result.
+    The head of a long last user turn goes first, then the oldest turns, then large tool results, largest first, then
+    the heads of the system turn (which holds whole documents in some frameworks) and of the last user turn. The tails
+    of both and everything behind the last user turn stay, so a tool call is never parted from its result.
 
     Args:
         messages: oldest first.
         count: tokens of messages as rendered.
         room: most tokens that may stay.
-        split: text -> (head, tail) of a text of any length; see :meth:`FocusEngine.split_prompt`.
+        split: text, and tokens that a text may have to stay whole -> (head, tail) of it; see
+            :meth:`FocusEngine.split_prompt`.
 
     Returns:
         Documents for memory, and the messages that stay.
@@ -311,6 +313,12 @@ def fit_messages(
         document = Document(f"result-{kept[place].tool_call_id or place}", kept[place].content)
         moved.append(document)
         kept[place] = replace(kept[place], content=f"(kept in memory as {document.id})")
+    for place, name in ((0, "system"), (last, "prompt")):
+        if kept[place].role in ("system", "user") and count(kept) > room:
+            head, tail = split(kept[place].content, 0)
+            if head.strip():
+                moved.append(Document(name, head))
+                kept[place] = replace(kept[place], content=tail)
     return moved, kept
 
 

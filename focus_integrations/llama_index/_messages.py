@@ -83,6 +83,7 @@ def to_messages(messages: Sequence[ChatMessage], skip: bool = False) -> tuple[li
                     raise
                 logger.warning("a part of a message is skipped: %s", error)
         extra = message.additional_kwargs
+        calls = calls or [_call_of(item) for item in extra.get("tool_calls") or ()]
         found.append(
             Message(
                 _ROLES[message.role],
@@ -127,6 +128,13 @@ def _arguments(arguments: dict[str, Any] | str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = arguments
     return value if isinstance(value, dict) else {"value": value}
+
+
+def _call_of(item: Any) -> ToolCall:
+    """Return a call in the form of OpenAI's API, as older histories and some models' integrations keep it."""
+    call = item if isinstance(item, dict) else item.model_dump()
+    function = call.get("function") or call
+    return ToolCall(str(call.get("id") or ""), function["name"], _arguments(function.get("arguments") or {}))
 
 
 def _written(documents: list[Document]) -> list[Document]:

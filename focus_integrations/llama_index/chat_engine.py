@@ -90,21 +90,21 @@ class FocusChatEngine(BaseChatEngine):
     def chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """Answer a message."""
         turn = _Turn(self, message)
-        response: AgentChatResponse = turn.engine.chat(message, chat_history)
+        response: AgentChatResponse = turn.engine.chat(message, _own(chat_history))
         response.source_nodes, response.metadata = turn.found.nodes, turn.found.metadata
         return response
 
     async def achat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """Answer a message without blocking the event loop."""
         turn = _Turn(self, message)
-        response: AgentChatResponse = await turn.engine.achat(message, chat_history)
+        response: AgentChatResponse = await turn.engine.achat(message, _own(chat_history))
         response.source_nodes, response.metadata = turn.found.nodes, turn.found.metadata
         return response
 
     def stream_chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> StreamingAgentChatResponse:
         """Answer piece by piece; sources fill up when the stream has ended."""
         turn = _Turn(self, message)
-        response: StreamingAgentChatResponse = turn.engine.stream_chat(message, chat_history)
+        response: StreamingAgentChatResponse = turn.engine.stream_chat(message, _own(chat_history))
         response.source_nodes = turn.found.nodes
         return response
 
@@ -113,7 +113,7 @@ class FocusChatEngine(BaseChatEngine):
     ) -> StreamingAgentChatResponse:
         """Answer piece by piece without blocking the event loop."""
         turn = _Turn(self, message)
-        response: StreamingAgentChatResponse = await turn.engine.astream_chat(message, chat_history)
+        response: StreamingAgentChatResponse = await turn.engine.astream_chat(message, _own(chat_history))
         response.source_nodes = turn.found.nodes
         return response
 
@@ -200,6 +200,7 @@ _ENGINES: dict[ChatMode, Any] = {
 }
 _RETRIEVER = keywords(FocusRetriever.__init__, "index", "llm", "callback_manager")
 _OWN = keywords(FocusChatEngine.from_index, "cls", "index", "llm")
+_IDLE = frozenset({"verbose", "streaming", "use_async"})  # a chat engine streams where it is asked to
 
 
 def chat_engine(index: ReadNodes, mode: ChatMode, llm: LLMType | None, values: dict[str, Any]) -> BaseChatEngine:
@@ -220,8 +221,8 @@ def chat_engine(index: ReadNodes, mode: ChatMode, llm: LLMType | None, values: d
     talker = resolve_llm(llm, callback_manager=index._callback_manager) if llm is not None else index.llm
     fields = frozenset(FocusLLM.model_fields) if isinstance(talker, FocusLLM) else frozenset()
     whole = isinstance(talker, FocusLLM) and mode in (ChatMode.BEST, ChatMode.CONTEXT) and not has_objects(index)
-    if isinstance(talker, FocusLLM) and whole and values.keys() <= _OWN | fields | {"verbose"}:
-        return FocusChatEngine.from_index(index, talker, **left(values, {"verbose"}))
+    if isinstance(talker, FocusLLM) and whole and values.keys() <= _OWN | fields | _IDLE:
+        return FocusChatEngine.from_index(index, talker, **left(values, _IDLE))
     own = keywords(_ENGINES[mode].from_defaults, "cls", "retriever", "query_engine", "llm")
     chat, rest = taken(values, own), left(values, own)
     if isinstance(talker, FocusLLM):
@@ -233,7 +234,7 @@ def chat_engine(index: ReadNodes, mode: ChatMode, llm: LLMType | None, values: d
         plain, streamed = (query_engine(index, talker, {**asked, "streaming": flag}) for flag in (False, True))
         condensing = cast(CondensingChatEngine, CondensingChatEngine.from_defaults(plain, llm=talker, **chat))
         return condensing.streaming(streamed)
-    refuse_unknown(rest, _RETRIEVER | fields | own)
+    refuse_unknown(rest, _RETRIEVER | fields | own | _IDLE)
     if mode != ChatMode.SIMPLE:
         chat["retriever"] = FocusRetriever(index, **taken(rest, _RETRIEVER))
     return cast(BaseChatEngine, _ENGINES[mode].from_defaults(llm=talker, **chat))
@@ -242,7 +243,12 @@ def chat_engine(index: ReadNodes, mode: ChatMode, llm: LLMType | None, values: d
 def _kept(reader: FocusLLM, chat_history: list[ChatMessage] | None) -> BaseMemory:
     """Return a memory that forgets nothing which the model can read."""
     return ChatMemoryBuffer.from_defaults(
-        chat_history=chat_history,
+        chat_history=_own(chat_history),
         token_limit=reader.metadata.context_window,
         tokenizer_fn=reader.engine.tokenizer.encode,
     )
+
+
+def _own(turns: list[ChatMessage] | None) -> list[ChatMessage] | None:
+    """Return a list that the caller does not hold: LlamaIndex's memories append to the one that they are given."""
+    return None if turns is None else list(turns)

@@ -131,7 +131,35 @@ class FocusQueryEngine(BaseQueryEngine):
         )
         return retriever.retrieve(query_bundle)
 
+    def synthesize(
+        self,
+        query_bundle: QueryBundle,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+    ) -> RESPONSE_TYPE:
+        """Answer over nodes that somebody else has chosen."""
+        return self._synthesizer().synthesize(query_bundle, nodes, additional_source_nodes)
+
+    async def asynthesize(
+        self,
+        query_bundle: QueryBundle,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+    ) -> RESPONSE_TYPE:
+        """Like :meth:`synthesize`, without blocking the event loop."""
+        return await self._synthesizer().asynthesize(query_bundle, nodes, additional_source_nodes)
+
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _synthesizer(self) -> FocusSynthesizer:
+        return FocusSynthesizer(
+            self.llm,
+            streaming=self.streaming,
+            metadata_mode=self.index.metadata_mode,
+            source_top_k=self.source_top_k,
+            callback_manager=self.callback_manager,
+            **self.options,
+        )
 
     def _reader(self) -> FocusLLM | None:
         memory = self.selection.memory()

@@ -239,3 +239,22 @@ def test_long_conversations_go_to_memory_word_for_word():
     assert len({document.id for document in documents}) == len(documents)
     assert fit_messages(kept, count, 60, lambda text: ("", text)) == ([], kept)
     assert fit_messages(talk, count, 9999, lambda text: (text[:2], text[2:]))[0][0].text == "la"
+
+
+def test_a_system_turn_longer_than_the_window_goes_to_memory():
+    """Its head is read as memory and its tail stays; so do two turns that fit alone and not together."""
+
+    def count(some):
+        return sum(len(message.content) for message in some)
+
+    def split(text, whole=50):
+        return (text[:-9], text[-9:]) if len(text) > whole else ("", text)
+
+    for system, asked in (("s" * 900 + "be brief.", "who?"), ("s" * 40, "w" * 40), ("s" * 9, "w" * 49)):
+        talk = [Message("system", system), Message("user", "hello"), Message("user", asked)]
+        documents, kept = fit_messages(talk, count, 50, split)
+        assert count(kept) <= 50
+        read = {document.id: document.text for document in documents}
+        assert read.get("system", "") + kept[0].content == system
+        assert read.get("prompt", "") + kept[1].content == asked
+        assert fit_messages(kept, count, 50, split) == ([], kept)

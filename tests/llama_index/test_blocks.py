@@ -228,3 +228,25 @@ def test_a_history_with_a_call_that_does_not_parse(llm):
         ChatMessage(role="tool", content="error", additional_kwargs={"tool_call_id": "1"}),
     ]
     assert llm.chat([*history, *HELLO]).message.content
+
+
+def test_calls_in_older_histories_are_read(llm):
+    """Calls that stand in additional_kwargs, in the form of OpenAI's API, as chat stores of other models hold them."""
+    written = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+
+    def after(extra):
+        history = [
+            ChatMessage(role="user", content="add"),
+            ChatMessage(role="assistant", content=None, additional_kwargs=extra),
+            ChatMessage(role="tool", content="2", additional_kwargs={"tool_call_id": "1"}),
+        ]
+        return llm.chat([*history, *HELLO])
+
+    block = ToolCallBlock(tool_call_id="1", tool_name="add", tool_kwargs={"a": 1})
+    same = [
+        ChatMessage(role="user", content="add"),
+        ChatMessage(role="assistant", blocks=[block]),
+        ChatMessage(role="tool", content="2", additional_kwargs={"tool_call_id": "1"}),
+    ]
+    found = after({"tool_calls": [written]})
+    assert found.raw["usage"] == llm.chat([*same, *HELLO]).raw["usage"] != after({}).raw["usage"]

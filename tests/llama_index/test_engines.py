@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from llama_index.core import Document, SummaryIndex
 from llama_index.core.chat_engine.types import ChatMode
+from llama_index.core.indices.query.query_transform import HyDEQueryTransform
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import ChatMessage, MockLLM
@@ -12,8 +13,8 @@ from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor import SimilarityPostprocessor
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.prompts import PromptTemplate
-from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import IndexNode, MetadataMode, NodeRelationship, RelatedNodeInfo, TextNode
+from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEngine, TransformQueryEngine
+from llama_index.core.schema import IndexNode, MetadataMode, NodeRelationship, QueryBundle, RelatedNodeInfo, TextNode
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 
 from focus_core.errors import ConfigError
@@ -147,6 +148,67 @@ async def test_condensed_questions_stream_with_history(index):
     assert engine.chat_history == []
 
 
+async def test_conversations_with_more_text_than_the_window(make_engine):
+    """A long system prompt, and modes that put every node into it: read as memory, not refused."""
+    small = make_engine(model=tiny_model("llama", window=512), window=512, chunk_size=64)
+    index = FocusMemoryIndex.from_documents(pages(*NAMES), llm=FocusLLM(engine=small, max_tokens=4))
+    for mode in (*MODES, ChatMode.SIMPLE):
+        long = (
+            {} if mode == ChatMode.CONDENSE_QUESTION else {"system_prompt": "be as brief as the cat on the mat. " * 90}
+        )
+        ways = await four_ways(lambda mode=mode, long=long: index.as_chat_engine(chat_mode=mode, memory=kept(), **long))
+        assert len({text for text, _ in ways}) == 1
+        assert ways[0][0]
+
+
+async def test_a_turn_whose_stream_is_left_is_kept(index):
+    """As LlamaIndex's own engines do since 0.14.16: the question at once, the answer when it is whole."""
+    for mode in (*MODES, ChatMode.SIMPLE):
+        chat = index.as_chat_engine(chat_mode=mode)
+        pieces = chat.stream_chat("who sat?").response_gen
+        next(pieces)
+        pieces.close()
+        assert [message.role.value for message in chat.chat_history] == ["user", "assistant"]
+        expected = index.as_chat_engine(chat_mode=mode).chat("who sat?")
+        assert chat.chat_history[-1].content == str(expected)
+
+
+def test_braces_are_text(llm):
+    """JSON and template fields in documents, metadata, questions, histories and system prompts."""
+    odd = '{"name": "cat", "x": {context_str}} {0} {} '
+    index = FocusMemoryIndex.from_documents([Document(text=odd * 3, doc_id="j", metadata={"m": "{a}"})], llm=llm)
+    history = [ChatMessage(role="user", content="say {json} {}"), ChatMessage(role="assistant", content="{query_str}")]
+    for mode in (*MODES, ChatMode.SIMPLE):
+        system = {} if mode == ChatMode.CONDENSE_QUESTION else {"system_prompt": "answer as {json: 1}"}
+        chat = index.as_chat_engine(chat_mode=mode, chat_history=history, **system)
+        chat.chat("what is {name} {} {0}?")
+        list(chat.stream_chat("{x").response_gen)
+        said = [message.content for message in chat.chat_history]
+        assert len(said) == 6
+        assert (said[2], said[4]) == ("what is {name} {} {0}?", "{x")
+
+
+def test_arguments_that_tutorials_pass_to_chat_engines(index):
+    """``streaming``, ``verbose`` and ``similarity_top_k`` in every mode."""
+    for mode in (*MODES, ChatMode.SIMPLE):
+        chat = index.as_chat_engine(chat_mode=mode, streaming=True, verbose=False, similarity_top_k=1)
+        list(chat.stream_chat("who?").response_gen)
+        assert [message.role.value for message in chat.chat_history] == ["user", "assistant"]
+
+
+def test_conversations_share_no_turns(index):
+    """Engines, and calls, that are given one list of turns: nobody appends to it."""
+    history = [ChatMessage(role="user", content="the cat?"), ChatMessage(role="assistant", content="the mat")]
+    for mode in (*MODES, ChatMode.SIMPLE):
+        one, two = (index.as_chat_engine(chat_mode=mode, chat_history=history) for _ in range(2))
+        one.chat("who sat?")
+        assert (len(history), len(one.chat_history), len(two.chat_history)) == (2, 4, 2)
+    given = index.as_chat_engine()
+    given.chat("who?", history)
+    list(given.stream_chat("who?", history).response_gen)
+    assert (len(history), len(given.chat_history)) == (2, 4)
+
+
 # -- query engines ----------------------------------------------------------------------------------------------
 
 
@@ -202,6 +264,19 @@ def test_postprocessors_choose_what_is_read(index):
     assert "".join(streamed.response_gen) == str(found)
     chat = index.as_chat_engine(node_postprocessors=[Backwards()], memory=kept()).chat("who sat?")
     assert [item.node_id for item in chat.source_nodes] == [last.node_id]
+
+
+async def test_engines_that_stand_on_query_engines(index):
+    """Engines of LlamaIndex that choose nodes themselves and hand them over; no model of Settings is asked."""
+    ask, bundle = index.as_query_engine(max_tokens=4), QueryBundle("who sat?")
+    nodes = index.as_retriever(similarity_top_k=2).retrieve(bundle)
+    found = ask.synthesize(bundle, nodes)
+    assert {item.node_id for item in found.source_nodes} == {item.node_id for item in nodes}
+    assert str(await ask.asynthesize(bundle, nodes)) == str(found)
+    hyde = TransformQueryEngine(ask, HyDEQueryTransform(llm=index.llm)).query("who sat?")
+    assert len(hyde.source_nodes) == len(NAMES)
+    cited = CitationQueryEngine.from_args(index, llm=index.llm, similarity_top_k=2).query("who sat?")
+    assert len(cited.source_nodes) >= 2
 
 
 def test_misspelt_arguments_are_refused(index):
