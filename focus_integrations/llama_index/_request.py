@@ -6,7 +6,7 @@ No response is made here.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Protocol, cast
 
@@ -26,7 +26,7 @@ from focus_integrations.llama_index._messages import to_tool_choice, to_tools
 MemorySource = Memory | Callable[[], Memory | None]
 
 _SAMPLING = tuple(field.name for field in fields(DecodeConfig) if field.name != "stop")
-CALL_OPTIONS = frozenset([*_SAMPLING, "stop", "documents", "template", "max_sources", "schema"])
+CALL_OPTIONS = frozenset([*_SAMPLING, "stop", "documents", "template", "max_sources", "schema", "timeout"])
 """What may be given per call."""
 
 
@@ -49,13 +49,14 @@ class Settings(Protocol):
 class Request:
     """One request: what a model and its arguments ask for."""
 
-    def __init__(self, llm: Settings, kwargs: dict[str, Any], cancelled: threading.Event | None) -> None:
+    def __init__(self, llm: Settings, kwargs: dict[str, Any], cancelled: threading.Event) -> None:
         given = {name: value for name, value in kwargs.items() if value is not None}
         self.llm, self.engine = llm, llm.engine
-        self.cancelled = cancelled or threading.Event()
+        self.cancelled = cancelled
         self.template = given.pop("template", llm.template)
         self.max_sources = kwargs.get("max_sources", llm.max_sources)
         given.pop("max_sources", None)
+        given.pop("timeout", None)  # whoever waits looks at it
         self.tools = to_tools(given.pop("tools", ()))
         self.tool_choice = to_tool_choice(given.pop("tool_choice", None), bool(given.pop("tool_required", False)))
         self.offered = [] if self.tool_choice == "none" else self.tools
@@ -105,6 +106,18 @@ class Request:
             check=lambda: check_cancelled(self.cancelled),
         )
         return self.held.memory
+
+
+def seconds_of(kwargs: Mapping[str, Any], default: float | None) -> float | None:
+    """Return the time limit of a call.
+
+    Raises:
+        ConfigError: it is no positive number.
+    """
+    seconds = kwargs.get("timeout", default)
+    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
+        raise ConfigError(f"timeout must be a number of seconds above 0, or None; got {seconds!r}")
+    return seconds
 
 
 def capacity(engine: FocusEngine) -> int:

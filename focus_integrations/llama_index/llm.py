@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import pickle
 import threading
-import uuid
 from collections.abc import AsyncGenerator, Generator, Sequence
+from functools import partial
 from typing import Any, Literal, Self, cast
 
 from llama_index.core.base.llms.types import (
@@ -55,7 +55,7 @@ from focus_integrations.llama_index._messages import (
     to_tool_choice,
     usage_of,
 )
-from focus_integrations.llama_index._request import MemorySource, Request, capacity
+from focus_integrations.llama_index._request import MemorySource, Request, capacity, seconds_of
 
 _CITATIONS = 5
 
@@ -103,6 +103,11 @@ class FocusLLM(FunctionCallingLLM):
         default=None, description="Chunks run together in a step; chosen from free memory if None."
     )
     max_sources: int | None = Field(default=10, description="Documents to name per answer, best first; None: all.")
+    timeout: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds that a call may take, with reading and with waiting for others' reading.",
+    )
     chunk_size: int | None = Field(default=None, description="Most tokens of a chunk.")
     device: str | None = Field(default=None, description="cpu or cuda; chosen if None.")
     dtype: str | None = Field(default=None, description="float32, bfloat16 or float16; chosen if None.")
@@ -176,26 +181,33 @@ class FocusLLM(FunctionCallingLLM):
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt of any length."""
-        return self._complete(prompt, formatted, kwargs)
+        cancelled = threading.Event()
+        work = partial(self._complete, prompt, formatted, kwargs, cancelled)
+        return concurrency.within(seconds_of(kwargs, self.timeout), work, cancelled)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """Answer piece by piece: ``text`` grows, ``delta`` is new; the last item has usage and sources."""
-        return self._stream_complete(prompt, formatted, kwargs)
+        cancelled = threading.Event()
+        work = partial(self._stream_complete, prompt, formatted, kwargs, cancelled)
+        return cast(
+            CompletionResponseGen, concurrency.iterate_within(seconds_of(kwargs, self.timeout), work, cancelled)
+        )
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer without blocking the event loop; cancelling the task stops the engine."""
-        return await concurrency.call(lambda cancelled: self._complete(prompt, formatted, kwargs, cancelled))
+        work = partial(self._complete, prompt, formatted, kwargs)
+        return await concurrency.call(work, seconds_of(kwargs, self.timeout))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """Stream without blocking the event loop; closing the stream stops the engine."""
-        items = concurrency.iterate(lambda cancelled: self._stream_complete(prompt, formatted, kwargs, cancelled))
-        return cast(CompletionResponseAsyncGen, items)
+        work = partial(self._stream_complete, prompt, formatted, kwargs)
+        return cast(CompletionResponseAsyncGen, concurrency.iterate(work, seconds_of(kwargs, self.timeout)))
 
     def _complete(
-        self, prompt: str, formatted: bool, kwargs: dict[str, Any], cancelled: threading.Event | None = None
+        self, prompt: str, formatted: bool, kwargs: dict[str, Any], cancelled: threading.Event
     ) -> CompletionResponse:
         for last in self._stream_complete(prompt, formatted, kwargs, cancelled):
             response = last
@@ -203,7 +215,7 @@ class FocusLLM(FunctionCallingLLM):
         return response
 
     def _stream_complete(
-        self, prompt: str, formatted: bool, kwargs: dict[str, Any], cancelled: threading.Event | None = None
+        self, prompt: str, formatted: bool, kwargs: dict[str, Any], cancelled: threading.Event
     ) -> CompletionResponseGen:
         if not formatted and self.completion_to_prompt is not None:
             prompt = self.completion_to_prompt(prompt)
@@ -227,26 +239,30 @@ class FocusLLM(FunctionCallingLLM):
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer the last message of a conversation of any length."""
-        return self._chat(messages, kwargs)
+        cancelled = threading.Event()
+        work = partial(self._chat, messages, kwargs, cancelled)
+        return concurrency.within(seconds_of(kwargs, self.timeout), work, cancelled)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer piece by piece: the message grows, ``delta`` is new; the last item has usage and sources."""
-        return self._stream_chat(messages, kwargs)
+        cancelled = threading.Event()
+        work = partial(self._stream_chat, messages, kwargs, cancelled)
+        return cast(ChatResponseGen, concurrency.iterate_within(seconds_of(kwargs, self.timeout), work, cancelled))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer without blocking the event loop; cancelling the task stops the engine."""
-        return await concurrency.call(lambda cancelled: self._chat(messages, kwargs, cancelled))
+        return await concurrency.call(partial(self._chat, messages, kwargs), seconds_of(kwargs, self.timeout))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """Stream without blocking the event loop; closing the stream stops the engine."""
-        items = concurrency.iterate(lambda cancelled: self._stream_chat(messages, kwargs, cancelled))
-        return cast(ChatResponseAsyncGen, items)
+        work = partial(self._stream_chat, messages, kwargs)
+        return cast(ChatResponseAsyncGen, concurrency.iterate(work, seconds_of(kwargs, self.timeout)))
 
     def _chat(
-        self, messages: Sequence[ChatMessage], kwargs: dict[str, Any], cancelled: threading.Event | None = None
+        self, messages: Sequence[ChatMessage], kwargs: dict[str, Any], cancelled: threading.Event
     ) -> ChatResponse:
         for last in self._stream_chat(messages, kwargs, cancelled):
             response = last
@@ -254,11 +270,11 @@ class FocusLLM(FunctionCallingLLM):
         return response
 
     def _stream_chat(
-        self, messages: Sequence[ChatMessage], kwargs: dict[str, Any], cancelled: threading.Event | None = None
+        self, messages: Sequence[ChatMessage], kwargs: dict[str, Any], cancelled: threading.Event
     ) -> ChatResponseGen:
         call = Request(self, kwargs, cancelled)
         turns, documents = to_messages(messages)
-        parser = ToolCallParser(uuid.uuid4().hex)
+        parser = ToolCallParser()
         text = ""
         with call.conversation(turns, documents) as stream:
             for piece in trimmed(texts_of(stream, parser if call.offered else None)):

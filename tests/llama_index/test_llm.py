@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import re
+import threading
 
 import pytest
 from llama_index.core import Document as Page
@@ -245,6 +246,32 @@ async def test_a_cancelled_request_stops_within_a_step(llm, monkeypatch):
     before = len(steps)
     await asyncio.sleep(0.2)
     assert len(steps) <= before + 1
+
+
+async def test_a_time_limit_covers_reading(engine, monkeypatch):
+    """All eight methods give up while documents are being read, by their own call or by another; then all is well."""
+    from focus_core.store import memory
+
+    plain, released = memory.encode_chunks, threading.Event()
+    monkeypatch.setattr(memory, "encode_chunks", lambda *arguments: (released.wait(60), plain(*arguments))[1])
+    llm = FocusLLM(engine=engine, max_tokens=4, documents=[Document("a", REPETITIVE)], timeout=0.2)
+    for ask in (llm.complete, lambda text: list(llm.stream_complete(text))):
+        with pytest.raises(TimeoutError, match=r"more than 0\.2 seconds; raise timeout"):
+            ask("who?")
+    for ask in (llm.chat, lambda turns: list(llm.stream_chat(turns))):
+        with pytest.raises(TimeoutError):
+            ask(HELLO)
+    for later in (llm.acomplete("who?"), llm.achat(HELLO)):
+        with pytest.raises(TimeoutError):
+            await later
+    for stream in (await llm.astream_complete("who?"), await llm.astream_chat(HELLO)):
+        with pytest.raises(TimeoutError):
+            await anext(stream)
+    released.set()
+    assert llm.complete("who?", timeout=60).raw["focus"]["chunks"] > 0
+    for bad in (0, -1, "soon"):
+        with pytest.raises(ConfigError, match="timeout must be a number of seconds above 0"):
+            llm.complete("who?", timeout=bad)
 
 
 def test_bad_options_have_a_message(llm):
