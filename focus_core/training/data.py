@@ -42,7 +42,7 @@ _BESIDE = 2  # passages near each question in play
 _SHORT = 0.6  # share of questions with both a short answer and a sentence that ask for a short phrase
 _TRICKS = 0.3  # share of unanswered questions that are about their own passage
 _GOLD_READ, _NEAR_READ = 0.7, 0.85  # of what is read whole: the gold passages and others; a near miss and others; near
-_LONGEST_PROMPT = 4  # a long local context is shorter than so many times the targets there is room for
+_LONGEST_PROMPT = 4  # where all of a local context runs behind the chunks: so many times the targets there is room for
 
 
 class Tokenizer(Protocol):
@@ -157,7 +157,8 @@ class ExampleStream:
         size = rng.choice(config.chunk_sizes)
         count = _log_uniform(rng, 1, _most_chunks(config, size))
         low, high = config.local_tokens
-        length = _log_uniform(rng, low, max(low, min(high, _LONGEST_PROMPT * config.max_candidate_rows // count)))
+        most = high if config.prompt_lengths else min(high, _LONGEST_PROMPT * config.max_candidate_rows // count)
+        length = _log_uniform(rng, low, max(low, most))
         split = max(rng.randint(4, max(4, low - 8)), length - config.max_candidate_rows // count)
         length = max(length, split + 2)
         if kind == "reconstruction":  # the span must lie in the memory

@@ -339,3 +339,19 @@ def test_a_pool_asks_the_same_questions_for_some_steps_with_the_same_cuts(stream
     assert blocks[0] != blocks[1]
     again = stream(pool=5, pool_steps=20, question_chunk_sizes=(12,), not_there=0.0)
     assert again.example(25, 1) == drawn.example(25, 1)
+
+
+def test_long_local_contexts_with_a_short_prompt(tmp_path, tokenizer):
+    """With ``prompt_lengths`` local contexts reach 2,048 tokens at any k, and no more than the prompt runs behind."""
+    (tmp_path / "book.txt").write_text("the cat sat on the mat. " * 3000)
+    settings = {"mix": {"continuation": 1.0}, "local_tokens": (1024, 2048), "chunk_sizes": (64,), "max_chunks": 24}
+    texts = read_training_texts([tmp_path])
+    for prompts in ((), (512,)):
+        drawn = ExampleStream(texts, TextTokenizer(tokenizer), TrainConfig(**settings, prompt_lengths=prompts))
+        examples = [drawn.example(step, 0) for step in range(40)]
+        longest = max(len(example.queries[0].ids) for example in examples if len(example.chunks) > 8)
+        assert (longest > 1500) == bool(prompts)
+        for example in examples if prompts else ():
+            (query,) = example.queries
+            assert query.split - 1 - query.injected_from <= 512
+            assert query.targets * len(example.chunks) <= 512 + len(example.chunks) * 2
