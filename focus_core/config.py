@@ -15,6 +15,7 @@ from focus_core.errors import ConfigError
 Positions = Literal["ordered", "shared"]
 LocalMode = Literal["exact", "incremental"]
 CandidateBias = Literal["none", "log_k"]
+KVFormat = Literal["base", "int8", "int4"]
 RereadWay = Literal["run", "moved"]
 
 
@@ -67,6 +68,8 @@ class FocusConfig(_Json):
         top_candidates: each head of a local row attends only to so many candidates of the highest score; 0 to all.
         first_candidate_layer: local rows attend to candidates from this layer on. Layer 0's candidates depend on the
             token alone, so all k are equal there; 1 leaves them out.
+        kv_format: how chunk KV is written: ``base`` as the base computes it, ``int8`` (about half the bytes), ``int4``
+            (about a third).
     """
 
     window: int = 4096
@@ -78,6 +81,7 @@ class FocusConfig(_Json):
     candidate_bias: CandidateBias = "none"
     top_candidates: int = 0
     first_candidate_layer: int = 0
+    kv_format: KVFormat = "base"
 
     def __post_init__(self) -> None:
         _bounded("window", self.window, 8)
@@ -86,6 +90,7 @@ class FocusConfig(_Json):
         _one_of("positions", self.positions, Positions)
         _one_of("local_mode", self.local_mode, LocalMode)
         _one_of("candidate_bias", self.candidate_bias, CandidateBias)
+        _one_of("kv_format", self.kv_format, KVFormat)
         _bounded("top_candidates", self.top_candidates, 0)
         _bounded("first_candidate_layer", self.first_candidate_layer, 0)
         room = self.largest_chunk

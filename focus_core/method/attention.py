@@ -9,13 +9,25 @@ knows nothing of chunks, layers or models.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from focus_core.method.kv import Alike, LayerKV
+
 HIDDEN = -1e9
 """Score of a hidden key: finite, so that a row without visible keys merges away instead of giving NaN."""
+
+
+def hidden_score(dtype: torch.dtype) -> float:
+    """Return the score of a hidden key in ``dtype``: float16 has no -1e9."""
+    return max(HIDDEN, torch.finfo(dtype).min)
+
+
+_FEW_ROWS = 16  # up to so many rows of a chunk, merging blocks costs less than gathering their keys
 
 
 class Part(NamedTuple):
@@ -117,6 +129,75 @@ def attend_self(query: Tensor, key: Tensor, value: Tensor, scale: float, *, soft
     return Part(value, _cap(scores, softcap))
 
 
+def attend_chunks(
+    query: Tensor, kv: LayerKV, scale: float, *, softcap: float | None = None, others: Sequence[Part] = ()
+) -> Part:
+    """Attend from rows behind each chunk to that chunk, and merge with what they attend to besides.
+
+    Args:
+        query: (chunks, heads, rows, head_dim).
+        kv: the layer's chunk KV.
+        scale: multiplies the scores.
+        softcap: as in :func:`attend`.
+        others: attention of the same rows over other keys.
+    """
+    if query.shape[2] > _FEW_ROWS or not len(kv.table.owner):
+        return merge([_attend_whole(query, kv, scale, softcap), *others])
+    table, dim = kv.table, query.shape[3]
+    keys, values = (_in_parts(tensor, len(table.owner)) for tensor in (kv.keys(), kv.values()))
+    own = kv.query(query.index_select(0, table.owner), table.slots)
+    body = attend(own, keys, values, scale, softcap=softcap, bias=table.bias)
+    lses, outs = [body.lse], [kv.format.out(body.out)]
+    for part in others:
+        lses.append(part.lse)
+        outs.append(part.out)
+    places = table.places(len(others))
+    none = [lses[0].new_full((1, *lses[0].shape[1:]), HIDDEN), outs[0].new_zeros(1, *outs[0].shape[1:3], dim)]
+    lse = torch.cat([*lses, none[0]])[places]  # (chunks, parts, heads, rows)
+    total = torch.logsumexp(lse, dim=1)
+    weights = torch.exp(lse - total.unsqueeze(1))
+    out = (weights.unsqueeze(-1) * torch.cat([*outs, none[1]])[places]).sum(1)
+    return Part(out.to(query.dtype), total)
+
+
+def _attend_whole(query: Tensor, kv: LayerKV, scale: float, softcap: float | None) -> Part:
+    """Attend chunk by chunk, those with equally many blocks together."""
+    keys, values = kv.keys(), kv.values()
+    parts = [_attend_alike(query, kv, alike, keys, values, scale, softcap) for alike in kv.table.alike]
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.cat([alike.rows for alike in kv.table.alike]).argsort()
+    return Part(torch.cat([part.out for part in parts])[order], torch.cat([part.lse for part in parts])[order])
+
+
+def _attend_alike(
+    query: Tensor, kv: LayerKV, alike: Alike, keys: Tensor, values: Tensor, scale: float, softcap: float | None
+) -> Part:
+    whole = len(alike.rows) == len(query)
+    own, count = query if whole else query.index_select(0, alike.rows), len(alike.rows)
+    if not alike.pieces:
+        return Part(torch.zeros_like(own), own.new_full(own.shape[:3], HIDDEN, dtype=_widen(own).dtype))
+    bias, blocks = kv.table.bias, len(kv.table.owner)
+    bias = bias[alike.blocks].reshape(count, 1, 1, -1)
+    keys, values = (_in_parts(_chosen(tensor, alike.blocks, blocks), count) for tensor in (keys, values))
+    part = attend(kv.query(own, alike.slots), keys, values, scale, softcap=softcap, bias=bias)
+    return part._replace(out=kv.format.out(part.out))
+
+
+def _in_parts(tensor: Tensor, parts: int) -> Tensor:
+    """(kv_heads, parts * size, width) -> (parts, kv_heads, size, width), a view where it can be."""
+    heads, tokens, width = tensor.shape
+    return tensor.reshape(heads, parts, tokens // parts, width).transpose(0, 1)
+
+
+def _chosen(tensor: Tensor, chosen: Tensor | slice, blocks: int) -> Tensor:
+    """(kv_heads, blocks * size, width) -> (kv_heads, chosen * size, width); a view for a slice."""
+    size = tensor.shape[1] // blocks
+    if isinstance(chosen, slice):
+        return tensor[:, chosen.start * size : chosen.stop * size]
+    return tensor.reshape(tensor.shape[0], blocks, size, -1).index_select(1, chosen).flatten(1, 2)
+
+
 def merge(parts: list[Part]) -> Part:
     """Merge attention over disjoint keys: ``sum_i exp(lse_i - lse) out_i`` with ``lse = logsumexp_i lse_i``."""
     if len(parts) == 1:
@@ -162,8 +243,8 @@ def _cap(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def _narrow(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a bias in ``dtype``, hidden keys still finite: float16 has no -1e9."""
-    return bias.clamp_min(max(HIDDEN, torch.finfo(dtype).min)).to(dtype)
+    """Return a bias in ``dtype``, hidden keys still finite."""
+    return bias if bias.dtype == dtype else bias.clamp_min(hidden_score(dtype)).to(dtype)
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -1,33 +1,232 @@
-"""Hold keys and values of chunks and suffixes, and move rotary keys to new positions.
+"""Own the keys and values of chunks, and those that a question puts behind them.
 
-A :class:`ChunkBatch` is read-only once encoded; what a question adds lives in a :class:`Suffix` of its own. The last
-layer's chunk KV is never read by any candidate, so ``layers`` here is the base's number minus one. The module runs no
-model.
+Chunk KV is written once and only read afterwards. Of each layer, the keys of all chunks lie behind each other,
+(kv_heads, tokens, head_dim), each chunk from a multiple of a block's tokens on, and the values likewise; so chunks of
+any length lie together, and attention runs over blocks. The first :data:`FIRST` tokens of a chunk, its sink among
+them, lie apart in the base's dtype: they take much attention, so no format rounds them. The last layer's chunk KV is
+never read by any candidate, so ``layers`` here is the base's number minus one. What the numbers look like is the
+format's affair, where they lie that of a source. Nothing here runs a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import copy
-from dataclasses import dataclass
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from focus_core.method.attention import HIDDEN
+from focus_core.config import KVFormat
+from focus_core.method.attention import hidden_score
+from focus_core.method.formats import Array, BaseFormat, format_of
+
+_BLOCKS = (32, 64, 128, 256, 512)
+_BLOCK_COST = 16  # tokens that one more block is worth
+FIRST = 4
+"""Tokens at the head of a chunk that stay in the base's dtype."""
+_LIVE = 0.75  # a smaller share of blocks in use makes a copy of those worth while
+_SPARE = 0.25  # room that a growing source takes beside what it needs
 
 
 @dataclass(frozen=True)
-class ChunkBatch:
-    """Chunk KV of some chunks, padded to the longest.
+class KVShape:
+    """What chunk KV of one base looks like.
 
     Args:
-        data: (layers, 2, chunks, kv_heads, length, head_dim); index 0 of the second axis is K, 1 is V.
+        layers: of the base, but the last.
+        kv_heads: of a layer.
+        head_dim: of a head.
+        dtype: of the base.
+        device: where it is read.
+        format: how it is written.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    format: KVFormat = "base"
+
+    @cached_property
+    def arrays(self) -> dict[str, Array]:
+        """All arrays of a layer, those of the first tokens included."""
+        first = {
+            name: Array("chunk", (self.kv_heads, FIRST, self.head_dim), self.dtype)
+            for name in ("first_keys", "first_values")
+        }
+        return {**format_of(self.format).arrays(self.kv_heads, self.head_dim, self.dtype), **first}
+
+    def nbytes(self, tokens: int, chunks: int) -> int:
+        """Bytes of so many tokens in blocks and so many chunks."""
+        total = 0
+        for array in self.arrays.values():
+            entry = array.dtype.itemsize * int(torch.Size(array.shape).numel())
+            total += entry * (chunks if array.per == "chunk" else tokens * self.kv_heads)
+        return total * self.layers
+
+
+class Source(Protocol):
+    """Where the arrays of chunk KV lie, in blocks of ``block`` tokens."""
+
+    block: int
+
+    def layer(self, index: int) -> Mapping[str, Tensor]:
+        """Return a layer's arrays by name: (kv_heads, tokens, ...) or (chunks, ...), ready to be read."""
+
+
+class Resident:
+    """Arrays in the memory of the device that reads them, with room that is given away once.
+
+    Args:
+        shape: of the chunk KV.
+        tokens: room, a multiple of ``block``.
+        chunks: room.
+        block: tokens of a block.
+    """
+
+    def __init__(self, shape: KVShape, tokens: int, chunks: int, block: int) -> None:
+        self.tokens, self.chunks, self.block = tokens, chunks, block
+        self._lock, self._taken = threading.Lock(), (0, 0)
+        self._layers = [
+            {  # zeroed, so that what is hidden never holds NaN
+                name: torch.zeros(
+                    ((chunks,) if array.per == "chunk" else (shape.kv_heads, tokens)) + array.shape,
+                    dtype=array.dtype,
+                    device=shape.device,
+                )
+                for name, array in shape.arrays.items()
+            }
+            for _ in range(shape.layers)
+        ]
+
+    def layer(self, index: int) -> Mapping[str, Tensor]:
+        """Return a layer's arrays."""
+        return self._layers[index]
+
+    def take(self, tokens: int, chunks: int) -> tuple[int, int] | None:
+        """Give away room; return where it begins, or ``None`` if there is not so much."""
+        with self._lock:
+            start, slot = self._taken
+            if start + tokens > self.tokens or slot + chunks > self.chunks:
+                return None
+            self._taken = (start + tokens, slot + chunks)
+            return start, slot
+
+
+class Alike(NamedTuple):
+    """Chunks with equally many blocks.
+
+    Args:
+        rows: their numbers, among those read.
+        blocks: (len(rows) * pieces,) their blocks, chunk by chunk; a slice where they follow each other.
+        slots: (len(rows),) where the arrays by chunk hold them.
+        pieces: blocks of each.
+    """
+
+    rows: Tensor
+    blocks: Tensor | slice
+    slots: Tensor
+    pieces: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """Which block belongs to which chunk.
+
+    Args:
+        first: number of the first block in the source.
+        owner: (blocks,) number of the chunk, among those read; any for a block that belongs to none.
+        slots: (blocks,) where the arrays by chunk hold that chunk.
+        pieces: (chunks, most) numbers of a chunk's blocks; ``len(owner)`` where it has fewer than ``most``.
+        bias: (blocks, 1, 1, block) hides what is behind the end of a chunk.
+        alike: the chunks by number of blocks.
+    """
+
+    first: int
+    owner: Tensor
+    slots: Tensor
+    pieces: Tensor
+    bias: Tensor
+    alike: tuple[Alike, ...]
+    _places: dict[int, Tensor] = field(default_factory=dict)
+
+    def places(self, others: int) -> Tensor:
+        """(chunks, most + others): where a chunk's parts lie behind each other, and ``others`` more, one a chunk each.
+
+        All parts over blocks come first, then for each of the others one a chunk, then one that counts nothing.
+        """
+        if others not in self._places:
+            blocks, chunks = len(self.owner), len(self.pieces)
+            own = self.pieces.masked_fill(self.pieces == blocks, blocks + others * chunks)
+            rows = torch.arange(chunks, device=own.device)
+            more = [blocks + number * chunks + rows for number in range(others)]
+            self._places[others] = torch.cat([own, *(item[:, None] for item in more)], dim=1)
+        return self._places[others]
+
+
+class LayerKV(NamedTuple):
+    """One layer's chunk KV in blocks, as attention reads it.
+
+    Args:
+        arrays: of the format; those by token cut to the blocks.
+        format: reads them.
+        table: which block belongs to which chunk.
+        dtype: of the base.
+    """
+
+    arrays: Mapping[str, Tensor]
+    format: BaseFormat
+    table: Table
+    dtype: torch.dtype
+
+    def query(self, query: Tensor, slots: Tensor) -> Tensor:
+        """Return queries (n, heads, rows, width) that score :meth:`keys`, for chunks in these slots."""
+        return self.format.query(query, self.arrays, slots)
+
+    def keys(self) -> Tensor:
+        """Return (kv_heads, blocks * BLOCK, width)."""
+        return self.format.keys(self.arrays, self.dtype)
+
+    def values(self) -> Tensor:
+        """Return (kv_heads, blocks * BLOCK, width)."""
+        return self.format.values(self.arrays, self.dtype)
+
+
+class ChunkKV:
+    """Keys and values of some chunks: a view of a source. Immutable once written.
+
+    Args:
+        shape: of all of them.
+        source: where they lie.
+        starts: first token of each chunk's blocks in the source.
+        slots: entry of each chunk in the arrays by chunk.
         lengths: tokens of each chunk row, the sink included.
     """
 
-    data: Tensor
-    lengths: tuple[int, ...]
+    def __init__(
+        self, shape: KVShape, source: Source, starts: Sequence[int], slots: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        self.shape, self.source = shape, source
+        self.starts, self.slots, self.lengths = tuple(starts), tuple(slots), tuple(lengths)
+
+    @classmethod
+    def allocate(cls, shape: KVShape, lengths: Sequence[int], spare: float = 0.0) -> ChunkKV:
+        """Make room for chunks of these lengths, and for a share of ``spare`` more."""
+        block = best_block(lengths)
+        tokens, chunks = sum(blocked(length, block) for length in lengths), len(lengths)
+        room = blocked(FIRST + int(tokens * (1 + spare)), block)
+        source = Resident(shape, room, int(chunks * (1 + spare)), block)
+        taken = source.take(tokens, chunks)
+        assert taken is not None
+        return cls(shape, source, *_places(taken, lengths, block), lengths)
+
+    # -- facts --------------------------------------------------------------------------------------------------
 
     @property
     def size(self) -> int:
@@ -36,100 +235,279 @@ class ChunkBatch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the padded tensors."""
-        return self.data.nbytes
+        """Bytes of these chunks, the rest of their last blocks included."""
+        return self.shape.nbytes(sum(map(self._blocked, self.lengths)), self.size)
 
-    def bias(self) -> Tensor | None:
-        """Return (chunks, 1, 1, length) float32 with padding hidden, or ``None`` when nothing is padded."""
-        longest = self.data.shape[4]
-        if all(length == longest for length in self.lengths):
+    @cached_property
+    def ends(self) -> Tensor:
+        """(chunks,) lengths on the device."""
+        return torch.tensor(self.lengths, device=self.shape.device)
+
+    @cached_property
+    def table(self) -> Table:
+        """Which block belongs to which chunk; made once."""
+        (first, last), size = self._span(), self.source.block
+        owner, slots = [0] * (last - first), [self.slots[0] if self.slots else 0] * (last - first)
+        used, most = [0] * (last - first), max((self._blocked(length) // size for length in self.lengths), default=0)
+        pieces = [[last - first] * most for _ in self.lengths]
+        for row, (start, slot, length) in enumerate(zip(self.starts, self.slots, self.lengths, strict=True)):
+            for piece in range(self._blocked(length) // size):
+                block = start // size - first + piece
+                owner[block], slots[block], pieces[row][piece] = row, slot, block
+                used[block] = min(size, length - FIRST - piece * size)
+        device = self.shape.device
+        hidden = torch.arange(size, device=device) >= torch.tensor(used, device=device)[:, None]
+        bias = torch.zeros(hidden.shape, dtype=self.shape.dtype, device=device).masked_fill_(
+            hidden, hidden_score(self.shape.dtype)
+        )
+        return Table(
+            first,
+            self._index(owner),
+            self._index(slots),
+            self._index(pieces).reshape(self.size, most),
+            bias[:, None, None],
+            tuple(self._alike(pieces, last - first)),
+        )
+
+    def _alike(self, pieces: Sequence[Sequence[int]], none: int) -> Iterator[Alike]:
+        """Yield the chunks by number of blocks; ``none`` is the number of no block."""
+        counts = [sum(block != none for block in row) for row in pieces]
+        for count in sorted(set(counts), reverse=True):
+            rows = [row for row, own in enumerate(counts) if own == count]
+            blocks = [block for row in rows for block in pieces[row][:count]]
+            index = (
+                slice(blocks[0], blocks[0] + len(blocks)) if blocks and _consecutive(blocks) else self._index(blocks)
+            )
+            yield Alike(self._index(rows), index, self._index([self.slots[row] for row in rows]), count)
+
+    def _index(self, numbers: Sequence[Any]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self.shape.device)
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def layer(self, index: int) -> LayerKV:
+        """Return a layer for attention to read: no copy."""
+        arrays, first = self.source.layer(index), self.table.first * self.source.block
+        stop = first + len(self.table.owner) * self.source.block
+        cut = {
+            name: arrays[name][:, first:stop] if array.per == "token" else arrays[name]
+            for name, array in self.shape.arrays.items()
+        }
+        return LayerKV(cut, format_of(self.shape.format), self.table, self.shape.dtype)
+
+    def first(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values of the first tokens, (chunks, kv_heads, FIRST, head_dim)."""
+        arrays = self.source.layer(index)
+        return tuple(arrays[name][_range(self.slots)] for name in ("first_keys", "first_values"))  # type: ignore[return-value]
+
+    def first_hidden(self) -> Tensor | None:
+        """(chunks, 1, 1, FIRST) bias of chunks shorter than that; ``None`` if there are none."""
+        if min(self.lengths, default=FIRST) >= FIRST:
             return None
-        lengths = torch.tensor(self.lengths, device=self.data.device)
-        padding = torch.arange(longest, device=self.data.device) >= lengths[:, None]
-        return torch.zeros(padding.shape, device=self.data.device).masked_fill_(padding, HIDDEN)[:, None, None]
+        hidden = torch.arange(FIRST, device=self.shape.device) >= self.ends[:, None]
+        bias = torch.zeros(hidden.shape, dtype=self.shape.dtype, device=self.shape.device)
+        return bias.masked_fill_(hidden, hidden_score(self.shape.dtype))[:, None, None]
 
-    def rows(self, start: int, stop: int) -> ChunkBatch:
-        """Return chunks ``start`` to ``stop`` as a view, cut to their longest: no copy."""
-        lengths = self.lengths[start:stop]
-        return ChunkBatch(self.data[:, :, start:stop, :, : max(lengths)], lengths)
+    def read(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
+        """Return one chunk's keys and values of a layer, (kv_heads, length, head_dim) in the base's dtype."""
+        one, length = self.rows(row, row + 1), self.lengths[row]
+        kv, slot = one.layer(layer), self.slots[row]
+        bodies = kv.format.plain(kv.arrays, slot)
+        keys, values = (
+            torch.cat([head[0], body.to(head.dtype)], dim=1)[:, :length]
+            for head, body in zip(one.first(layer), bodies, strict=True)
+        )
+        return keys, values
 
-    def choose(self, indices: Sequence[int]) -> ChunkBatch:
-        """Return some chunks as a batch of their own: a copy, cut to their longest."""
-        return ChunkBatch.gather([self.chunk(index) for index in indices])
+    def dense(self, row: int) -> Tensor:
+        """Return one chunk's (layers, 2, kv_heads, length, head_dim) in the base's dtype."""
+        return torch.stack([torch.stack(self.read(layer, row)) for layer in range(self.shape.layers)])
 
-    def chunk(self, index: int) -> Tensor:
-        """Return one chunk's (layers, 2, kv_heads, length, head_dim) without padding, as a view."""
-        return self.data[:, :, index, :, : self.lengths[index]]
+    def views(self, row: int) -> dict[str, list[Tensor]]:
+        """Return one chunk's arrays as they are written: by name, one a layer, without padding; no copy.
 
-    @staticmethod
-    def empty(
-        layers: int, kv_heads: int, head_dim: int, lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> ChunkBatch:
-        """Allocate zeroed KV for chunks of these lengths (zero, so that padding never holds NaN)."""
-        shape = (layers, 2, len(lengths), kv_heads, max(lengths), head_dim)
-        return ChunkBatch(torch.zeros(shape, dtype=dtype, device=device), lengths)
+        By token (kv_heads, tokens, ...), without the first ones; by chunk (...).
+        """
+        start, stop = self.starts[row], self.starts[row] + max(0, self.lengths[row] - FIRST)
+        found: dict[str, list[Tensor]] = {name: [] for name in self.shape.arrays}
+        for layer in range(self.shape.layers):
+            held = self.source.layer(layer)
+            for name, array in self.shape.arrays.items():
+                part = held[name][:, start:stop] if array.per == "token" else held[name][self.slots[row]]
+                found[name].append(part)
+        return found
 
-    @staticmethod
-    def gather(chunks: list[Tensor]) -> ChunkBatch:
-        """Pad and stack single chunks, each (layers, 2, kv_heads, length, head_dim)."""
-        lengths = tuple(chunk.shape[3] for chunk in chunks)
-        layers, _, kv_heads, _, head_dim = chunks[0].shape
-        batch = ChunkBatch.empty(layers, kv_heads, head_dim, lengths, chunks[0].dtype, chunks[0].device)
-        for index, chunk in enumerate(chunks):
-            batch.chunk(index).copy_(chunk)
-        return batch
+    def get(self, row: int) -> dict[str, Tensor]:
+        """Return a copy of one chunk's arrays, (layers, ...) each of what :meth:`views` says."""
+        return {name: torch.stack(parts) for name, parts in self.views(row).items()}
+
+    # -- writing, once ------------------------------------------------------------------------------------------
+
+    def put(self, row: int, arrays: Mapping[str, Tensor]) -> None:
+        """Write one chunk as :meth:`views` or :meth:`get` returned it."""
+        for name, parts in self.views(row).items():
+            for place, part in zip(parts, arrays[name], strict=True):
+                place.copy_(part)
+
+    def put_dense(self, row: int, dense: Tensor) -> None:
+        """Write one chunk given as (layers, 2, kv_heads, length, head_dim)."""
+        one, dense = self.rows(row, row + 1), dense.to(self.shape.device)
+        for layer in range(self.shape.layers):
+            one.write(layer, dense[layer, 0].unsqueeze(0), dense[layer, 1].unsqueeze(0))
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Write a layer of all chunks, which lie behind each other: a new one's own.
+
+        Args:
+            layer: number of the layer.
+            keys: (chunks, kv_heads, at least the longest chunk, head_dim), rotated.
+            values: like ``keys``.
+        """
+        held, writer = self.source.layer(layer), format_of(self.shape.format)
+        slots = _range(self.slots)
+        some = min(FIRST, keys.shape[2])
+        held["first_keys"][slots, :, :some] = keys[:, :, :some]
+        held["first_values"][slots, :, :some] = values[:, :, :some]
+        for start, stop in self._runs():
+            width = min(self._blocked(self.lengths[start]), keys.shape[2] - FIRST)
+            if width <= 0:
+                continue
+            seen = torch.arange(FIRST, FIRST + width, device=keys.device) < self.ends[start:stop, None]
+            shown = slice(FIRST, FIRST + width)
+            written = writer.write(keys[start:stop, :, shown], values[start:stop, :, shown], seen)
+            for name, tensor in written.items():
+                if self.shape.arrays[name].per == "chunk":
+                    held[name][_range(self.slots[start:stop])] = tensor.to(held[name].dtype)
+                    continue
+                first = self.starts[start]
+                place = held[name][:, first : first + (stop - start) * self._blocked(self.lengths[start])]
+                split_tokens(place, stop - start)[:, :, :width] = tensor.transpose(0, 1).to(place.dtype)
+
+    # -- other views --------------------------------------------------------------------------------------------
+
+    def rows(self, start: int, stop: int) -> ChunkKV:
+        """Return chunks ``start`` to ``stop``: no copy."""
+        return self.select(range(start, stop))
+
+    def select(self, rows: Sequence[int]) -> ChunkKV:
+        """Return some chunks, where they lie: no copy."""
+        return ChunkKV(
+            self.shape,
+            self.source,
+            [self.starts[row] for row in rows],
+            [self.slots[row] for row in rows],
+            [self.lengths[row] for row in rows],
+        )
+
+    def choose(self, rows: Sequence[int]) -> ChunkKV:
+        """Return some chunks: where they lie if what lies between them is little, else a copy."""
+        chosen = self.select(rows)
+        return chosen if chosen._live() >= _LIVE else chosen.copied()
+
+    def copied(self, more: Sequence[int] = ()) -> ChunkKV:
+        """Return a copy with room for more chunks of these lengths behind it."""
+        grown = ChunkKV.allocate(self.shape, [*self.lengths, *more], _SPARE if more and self.size else 0.0)
+        tokens: list[int] = []
+        for start, length in zip(self.starts, self.lengths, strict=True):
+            body = range(start, start + max(0, length - FIRST))
+            tokens += [*body, *[start] * (blocked(length, grown.source.block) - len(body))]
+        index, slots = self._index(tokens), self._index(self.slots)
+        for layer in range(self.shape.layers if self.size else 0):
+            old, new = self.source.layer(layer), grown.source.layer(layer)
+            for name, array in self.shape.arrays.items():
+                if array.per == "chunk":
+                    new[name][: self.size] = old[name].index_select(0, slots)
+                else:
+                    new[name][:, : len(tokens)] = old[name].index_select(1, index)
+        return grown
+
+    def extended(self, lengths: Sequence[int]) -> ChunkKV:
+        """Return these chunks and room for more: behind them in the same source if there is some, else in a copy."""
+        if isinstance(self.source, Resident):
+            taken = self.source.take(sum(map(self._blocked, lengths)), len(lengths))
+            if taken is not None:
+                starts, slots = _places(taken, lengths, self.source.block)
+                both = ChunkKV(
+                    self.shape,
+                    self.source,
+                    [*self.starts, *starts],
+                    [*self.slots, *slots],
+                    [*self.lengths, *lengths],
+                )
+                if both._live() >= _LIVE:
+                    return both
+        return self.copied(lengths)
+
+    def extension_bytes(self, lengths: Sequence[int]) -> int:
+        """Bytes that :meth:`extended` may have to allocate."""
+        both = [*self.lengths, *lengths]
+        tokens = sum(blocked(length, best_block(both)) for length in both)
+        return int(self.shape.nbytes(tokens, self.size + len(lengths)) * (1 + _SPARE))
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _span(self) -> tuple[int, int]:
+        """First block and the one behind the last."""
+        held = [
+            (start // self.source.block, (start + self._blocked(length)) // self.source.block)
+            for start, length in zip(self.starts, self.lengths, strict=True)
+            if self._blocked(length)
+        ]
+        return (min(first for first, _ in held), max(last for _, last in held)) if held else (0, 0)
+
+    def _blocked(self, length: int) -> int:
+        return blocked(length, self.source.block)
+
+    def _live(self) -> float:
+        first, last = self._span()
+        blocks = sum(map(self._blocked, self.lengths)) // self.source.block
+        return blocks / (last - first) if last > first else 1.0
+
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """Yield runs of chunks with equally many blocks."""
+        start = 0
+        for row in range(1, self.size + 1):
+            if row == self.size or self._blocked(self.lengths[row]) != self._blocked(self.lengths[start]):
+                yield start, row
+                start = row
 
 
-class GrowingKV:
-    """Keys and values that grow in place while an answer is decoded.
-
-    Args:
-        data: (layers, 2, batch, kv_heads, capacity, head_dim).
-    """
-
-    def __init__(self, data: Tensor) -> None:
-        self.data = data
-        self.used = 0
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (batch, kv_heads, rows, head_dim) behind what is committed; return all of K and V of the layer."""
-        stop = self.used + key.shape[2]
-        if stop > self.data.shape[4]:
-            grown = self.data.new_empty(*self.data.shape[:4], 2 * stop, self.data.shape[5])
-            grown[..., : self.used, :] = self.data[..., : self.used, :]
-            self.data = grown
-        if stop > self.used:  # a pass without new rows must not touch what autograd has saved
-            self.data[layer, 0, :, :, self.used : stop] = key
-            self.data[layer, 1, :, :, self.used : stop] = value
-        return self.data[layer, 0, :, :, :stop], self.data[layer, 1, :, :, :stop]
-
-    def write_all(self, data: Tensor) -> None:
-        """Begin with KV of all layers that was computed before: (layers, 2, batch, kv_heads, rows, head_dim)."""
-        self.data[..., : data.shape[4], :] = data
-        self.used = data.shape[4]
-
-    def commit(self, rows: int) -> None:
-        """Keep the last ``rows`` written rows of all layers."""
-        self.used += rows
+def split_tokens(tensor: Tensor, parts: int) -> Tensor:
+    """(kv_heads, tokens, ...) -> (kv_heads, parts, tokens / parts, ...), a view."""
+    return tensor.view(tensor.shape[0], parts, tensor.shape[1] // parts, *tensor.shape[2:])
 
 
-class Suffix(GrowingKV):
-    """The (chunk, question) KV that a question appends behind every chunk.
+def blocked(length: int, block: int) -> int:
+    """Tokens that the blocks of a chunk row of ``length`` tokens take."""
+    return -(-max(0, length - FIRST) // block) * block
 
-    Args:
-        like: the chunks it stands behind.
-        capacity: tokens it can hold before it has to grow.
-    """
 
-    def __init__(self, like: ChunkBatch, capacity: int) -> None:
-        layers, _, chunks, kv_heads, _, head_dim = like.data.shape
-        super().__init__(like.data.new_empty(layers, 2, chunks, kv_heads, max(capacity, 1), head_dim))
+def best_block(lengths: Sequence[int]) -> int:
+    """Return the size of blocks that costs least: small ones leave little padding, large ones are few."""
+    counts = Counter(lengths)
 
-    def choose(self, chunks: Sequence[int]) -> Suffix:
-        """Return a copy that stands behind some of the chunks alone."""
-        chosen = copy(self)
-        chosen.data = self.data[:, :, list(chunks)]
-        return chosen
+    def cost(block: int) -> int:
+        many = sum(count * (blocked(length, block) // block) for length, count in counts.items())
+        return many * (block + _BLOCK_COST)
+
+    return min(_BLOCKS, key=cost)
+
+
+def _places(taken: tuple[int, int], lengths: Sequence[int], block: int) -> tuple[list[int], list[int]]:
+    """Return the starts and slots of chunks that lie behind each other from ``taken`` on."""
+    starts = list(accumulate((blocked(length, block) for length in lengths), initial=taken[0]))[: len(lengths)]
+    return starts, [taken[1] + row for row in range(len(lengths))]
+
+
+def _range(slots: Sequence[int]) -> Any:
+    """Return what indexes ``slots``: a slice, which copies nothing, where they follow each other."""
+    if not slots:
+        return slice(0, 0)
+    return slice(slots[0], slots[0] + len(slots)) if _consecutive(slots) else list(slots)
+
+
+def _consecutive(numbers: Sequence[int]) -> bool:
+    return list(numbers) == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 def rotation(inverse_frequencies: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

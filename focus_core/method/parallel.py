@@ -17,20 +17,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from focus_core.config import CandidateBias, FocusConfig, Positions, TrainConfig
+from focus_core.config import CandidateBias, FocusConfig, KVFormat, Positions, TrainConfig
 from focus_core.errors import ContextTooLongError
 from focus_core.method.attention import (
     HIDDEN,
     Part,
     attend,
     attend_causal,
+    attend_chunks,
     attend_self,
     attend_top,
     causal_bias,
     merge,
     scores_of,
 )
-from focus_core.method.kv import ChunkBatch, GrowingKV, Suffix, move_keys, rotation
+from focus_core.method.kv import FIRST, ChunkKV, KVShape, move_keys, rotation
+from focus_core.method.suffix import GrowingKV, Suffix
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 
@@ -66,19 +68,22 @@ def sink_before(local: Sequence[int], sink: int | None) -> list[int]:
 
 
 @torch.no_grad()
-def encode_chunks(base: BaseDecoder, rows: Sequence[Sequence[int]], check: Check = _never) -> ChunkBatch:
+def encode_chunks(
+    base: BaseDecoder, rows: Sequence[Sequence[int]], check: Check = _never, into: ChunkKV | None = None
+) -> ChunkKV:
     """Run the chunk pass: each row attends to itself alone, at positions 0.. (method step 1).
 
     Args:
         base: the frozen decoder.
         rows: token ids of each chunk, its sink included; they may differ in length.
         check: called between layers, may raise to cancel.
+        into: room for these rows; made if not given.
 
     Returns:
         Chunk KV of all layers but the last, whose KV no candidate reads.
     """
     lengths = tuple(len(row) for row in rows)
-    batch = ChunkBatch.empty(base.num_layers - 1, base.num_kv_heads, base.head_dim, lengths, base.dtype, base.device)
+    kv = into or ChunkKV.allocate(kv_shape(base), lengths)
     ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = torch.as_tensor(row)
@@ -88,8 +93,7 @@ def encode_chunks(base: BaseDecoder, rows: Sequence[Sequence[int]], check: Check
     def store_and_attend(
         layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
-        batch.data[layer, 0].copy_(key)
-        batch.data[layer, 1].copy_(value)
+        kv.write(layer, key, value)
         if softcap is not None:
             return attend_causal(query, key, value, scale, softcap=softcap).out.transpose(1, 2)
         groups = query.shape[1] > key.shape[1]
@@ -102,7 +106,12 @@ def encode_chunks(base: BaseDecoder, rows: Sequence[Sequence[int]], check: Check
         for layer in range(base.num_layers - 1):
             check()
             hidden = base.run_layer(layer, hidden, rope, store_and_attend)
-    return batch
+    return kv
+
+
+def kv_shape(base: BaseDecoder, written: KVFormat = "base") -> KVShape:
+    """Return what chunk KV of a base looks like."""
+    return KVShape(base.num_layers - 1, base.num_kv_heads, base.head_dim, base.dtype, base.device, written)
 
 
 # -- rows of a sweep --------------------------------------------------------------------------------------------
@@ -125,7 +134,7 @@ class ChunkRows:
             every chunk has its own, in order.
     """
 
-    chunks: ChunkBatch
+    chunks: ChunkKV
     suffix: Suffix
     indices: Sequence[int]
     total: int
@@ -137,7 +146,6 @@ class ChunkRows:
     keys: Tensor = field(init=False)
     values: Tensor = field(init=False)
     _suffix_bias: Tensor | None = None
-    _chunk_bias: Tensor | None = None
     _copies: Tensor | None = None
 
     def beside(self, numbers: Mapping[int, int]) -> ChunkRows:
@@ -176,13 +184,15 @@ class ChunkRows:
     def prepare(self, base: BaseDecoder, positions: Positions) -> None:
         """Make masks and the rotation that brings candidate keys in front of the local row."""
         device = base.device
-        self._chunk_bias = self.chunks.bias()
         rows, targets, seen = len(self.ordinary), len(self.candidates), self.suffix.used + len(self.ordinary)
-        self._suffix_bias = None
+        self._suffix_bias = self.chunks.first_hidden()
+        if self._suffix_bias is not None:
+            self._suffix_bias = F.pad(self._suffix_bias, (0, seen))
         if seen and (rows > 1 or bool((self.visible < seen).any())):
             candidate = torch.arange(seen, device=device) >= self.visible.to(device)[:, None]
             candidate_bias = torch.zeros(1, 1, targets, seen, device=device).masked_fill_(candidate, HIDDEN)
-            self._suffix_bias = torch.cat([causal_bias(rows, seen, device), candidate_bias], dim=2)
+            causal = F.pad(torch.cat([causal_bias(rows, seen, device), candidate_bias], dim=2), (FIRST, 0))
+            self._suffix_bias = causal if self._suffix_bias is None else causal + self._suffix_bias
         self._copies = None
         lengths = torch.tensor(self.chunks.lengths)
         if self.rows is not None and list(self.rows) != list(range(self.chunks.size)):
@@ -228,27 +238,16 @@ class ChunkRows:
         moved, dim, chunks = move_keys(shown_key, self.turn), key.shape[3], len(self.indices)
         self.keys = moved.reshape(kv_heads, chunks, targets, dim).permute(2, 0, 1, 3)  # (T, kv_heads, chunks, head_dim)
         self.values = shown_value.reshape(kv_heads, chunks, targets, dim).permute(2, 0, 1, 3)
-        if layer == self.chunks.data.shape[0]:  # the base's last layer
+        if layer == self.chunks.shape.layers:  # the base's last layer
             return query.new_zeros(1, query.shape[2], query.shape[1], query.shape[3])
 
         ordinary_rows = split // count
         rows = torch.cat([by_chunk(query[:, :, :split], count), by_chunk(query[:, :, split:], count)], dim=2)
-        parts = [
-            attend(
-                rows,
-                self.chunks.data[layer, 0],
-                self.chunks.data[layer, 1],
-                scale,
-                softcap=softcap,
-                bias=self._chunk_bias,
-            )
-        ]
         suffix_key, suffix_value = self.suffix.write(
             layer, by_chunk(key[:, :, :split], count), by_chunk(value[:, :, :split], count)
         )
-        if suffix_key.shape[2]:
-            parts.append(attend(rows, suffix_key, suffix_value, scale, softcap=softcap, bias=self._suffix_bias))
-        seen = merge(parts)
+        behind = attend(rows, suffix_key, suffix_value, scale, softcap=softcap, bias=self._suffix_bias)
+        seen = attend_chunks(rows, self.chunks.layer(layer), scale, softcap=softcap, others=[behind])
         if not targets:
             return packed_rows(seen.out)
         ordinary = seen.out[:, :, :ordinary_rows]

@@ -15,7 +15,7 @@ from torch import Tensor
 from focus_core.config import FocusConfig
 from focus_core.errors import ConfigError, ContextTooLongError, OutOfMemoryError
 from focus_core.hardware import free_bytes, is_out_of_memory
-from focus_core.method.kv import Suffix, move_keys, rotation
+from focus_core.method.kv import move_keys, rotation
 from focus_core.method.parallel import (
     Check,
     ChunkRows,
@@ -30,6 +30,7 @@ from focus_core.method.parallel import (
 )
 from focus_core.method.passes import Pass, SharedPasses
 from focus_core.method.state import MemoryState
+from focus_core.method.suffix import Suffix
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 
@@ -245,11 +246,12 @@ class Reading:
         old, start = self._cache, local_start(self.candidates, self.focus.positions)
         assert old is not None
         head = 1 if self.sink is not None else 0
-        held = {id(chunk): tensor for slab in self.state.slabs for chunk, tensor in slab.tensors()}
+        held = {id(chunk): (slab.kv, row) for slab in self.state.slabs for chunk, row in slab.between(0, slab.kv.size)}
         parts, at, self._spans = [], head, []
         for index in self.whole:
             chunk = self.state.chunks[index]
-            size, tensor = len(chunk.ids), held[id(chunk)]
+            kv, number = held[id(chunk)]
+            size, tensor = len(chunk.ids), kv.dense(number)
             own = tensor.shape[3] - size  # its own sink
             parts.append(self._turned(tensor[:, :, :, own:], start + at - own))
             self._spans.append((at, at + size))
@@ -282,21 +284,22 @@ class Reading:
 
     def _open(self, ids: Sequence[int], calls: list[list[ChunkRows]]) -> None:
         """Put an opening behind every chunk: the kept one, or a new one that is kept."""
-        kept = self.state.opening.get(ids)
+        kept = self.state.openings.get(ids)
         if kept is None:
             for group in self._groups:
                 group.ordinary = torch.tensor(ids)
             with torch.no_grad():
                 sweep(self.base, self.adapter, calls, (), self.focus.positions, self.check)
             commit(calls, ())
-            parts = iter(group.suffix.data[..., : len(ids), :] for group in self._groups)
+            parts = iter(group.suffix.read() for group in self._groups)
             kept = []
             for slab in self.state.slabs:
                 own = [next(parts)]
-                while sum(part.shape[2] for part in own) < slab.batch.size:
+                while sum(part.shape[2] for part in own) < slab.kv.size:
                     own.append(next(parts))
                 kept.append(torch.cat(own, dim=2))
-            self.state.opening.put(ids, kept)
+            chunks = sum(slab.kv.nbytes for slab in self.state.slabs)
+            self.state.openings.put(ids, kept, int(_KEPT_SHARE * chunks))
             return
         groups = iter(self._groups)
         for tensor in kept:
@@ -370,18 +373,18 @@ class Reading:
         capacity, none = self.prompt_tokens + self.max_tokens, torch.empty(0, dtype=torch.long)
         groups = []
         for slab in self.state.slabs:
-            for start in range(0, slab.batch.size, size):
-                stop = min(start + size, slab.batch.size)
-                batch = slab.batch.rows(start, stop)
+            for start in range(0, slab.kv.size, size):
+                stop = min(start + size, slab.kv.size)
+                kv = slab.kv.rows(start, stop)
                 held = [(place[id(chunk)], row) for chunk, row in slab.between(start, stop)]
                 indices, rows = [index for index, _ in held], [row for _, row in held]
-                suffix = Suffix(batch, capacity)
-                groups.append(ChunkRows(batch, suffix, indices, self.chunks, none, none, none, rows=rows))
+                suffix = Suffix(kv, capacity)
+                groups.append(ChunkRows(kv, suffix, indices, self.chunks, none, none, none, rows=rows))
         return groups
 
     def _prompt_length(self, local_tokens: int) -> int:
         """Tokens of the dynamic prompt: all but the last, within its limit and the room behind the longest chunk."""
-        longest = max((max(slab.batch.lengths) for slab in self.state.slabs), default=0)
+        longest = max((max(slab.kv.lengths) for slab in self.state.slabs), default=0)
         room = self.focus.window - longest - 1 - self.max_tokens
         if self.chunks and room < 1:
             raise ContextTooLongError(

@@ -22,6 +22,7 @@ from torch import Tensor
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
 from focus_core.files import file_facts
+from focus_core.method.kv import ChunkKV
 from focus_core.method.state import MemoryState
 from focus_core.session.concurrency import Turns
 from focus_core.session.documents import (
@@ -314,19 +315,20 @@ class _Known:
 
     def __init__(self, encoder: ChunkEncoder, memories: Sequence[Memory], texts: set[str]) -> None:
         self.computed: set[str] = set()
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[str, tuple[ChunkKV, int]] = {}
         for memory in memories:
             ids = {document.id for document in memory.documents if document.text in texts}
             for slab in memory.state.slabs if ids else ():
-                for chunk, tensor in slab.tensors():
+                for chunk, row in slab.between(0, slab.kv.size):
                     if any(span.document_id in ids for span in chunk.spans):
-                        self._kept.setdefault(encoder.key(chunk), tensor)
+                        self._kept.setdefault(encoder.key(chunk), (slab.kv, row))
 
     def holds(self, keys: Iterable[str]) -> set[str]:
         return self._kept.keys() & set(keys)
 
     def get(self, key: str) -> dict[str, Tensor]:
-        return {"kv": self._kept[key]}
+        kv, row = self._kept[key]
+        return kv.get(row)
 
     def put_all(self, items: Mapping[str, Tensors]) -> None:
         self.computed.update(items)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,16 +11,14 @@ import numpy as np
 from focus_core.config import FocusConfig
 from focus_core.errors import UnsupportedModelError
 from focus_core.hardware import dtype_name
-from focus_core.method.kv import ChunkBatch
-from focus_core.method.parallel import Check
-from focus_core.method.slabs import Layout
+from focus_core.method.kv import KVShape
+from focus_core.method.parallel import Check, kv_shape
 from focus_core.model.families import BaseDecoder
 from focus_core.store.segments import chunk_key
 from focus_core.text.chunking import Chunk, Span, cut
 from focus_core.text.corpus import Document
 from focus_core.text.tokenization import TextTokenizer
 
-_SLAB_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 
 
 def check_sliding_window(base: BaseDecoder, config: FocusConfig) -> None:
@@ -56,19 +53,19 @@ class ChunkEncoder:
     def facts(self) -> dict[str, Any]:
         """Return everything but the tokens that chunk KV depends on."""
         rope = getattr(self.base.config, "rope_parameters", None)
+        written = {} if self.config.kv_format == "base" else {"kv": self.config.kv_format}
         return {
             "base": self.fingerprint,
             "dtype": dtype_name(self.base.dtype),
             "sink": self.sink,
             "rope": rope if isinstance(rope, dict) else None,
+            **written,
         }
 
     @cached_property
-    def layout(self) -> Layout:
-        """Which chunks lie together."""
-        base = self.base
-        token_bytes = (base.num_layers - 1) * 2 * base.num_kv_heads * base.head_dim * base.dtype.itemsize
-        return Layout(self.config.chunk_size, token_bytes, _SLAB_BYTES.get(base.device.type, 1 << 30))
+    def shape(self) -> KVShape:
+        """What chunk KV looks like."""
+        return kv_shape(self.base, self.config.kv_format)
 
     def cut(self, document: Document) -> list[Chunk]:
         """Cut a document to the configured chunk size."""
@@ -94,9 +91,3 @@ class ChunkEncoder:
     def key(self, chunk: Chunk) -> str:
         """Return the store address of a chunk."""
         return chunk_key(self.facts(), self.row(chunk))
-
-    def allocate(self, rows: Sequence[Sequence[int]]) -> ChunkBatch:
-        """Allocate KV for these rows."""
-        base = self.base
-        lengths = tuple(len(row) for row in rows)
-        return ChunkBatch.empty(base.num_layers - 1, base.num_kv_heads, base.head_dim, lengths, base.dtype, base.device)

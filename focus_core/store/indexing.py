@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from focus_core.errors import EmptyCorpusError, OutOfMemoryError, StoreError
 from focus_core.hardware import is_out_of_memory
+from focus_core.method.kv import ChunkKV
 from focus_core.method.parallel import Check, encode_chunks
 from focus_core.store.collections import Change, MissingChunksError
 from focus_core.store.database import Store
@@ -79,8 +80,9 @@ def repair_collection(store: Store, name: str, encoder: ChunkEncoder, check: Che
             bad[key] = chunk
     for chunk in bad.values():
         check()
-        batch = encode_chunks(encoder.base, [encoder.row(chunk)], check)
-        store.put_all({encoder.key(chunk): {"kv": batch.chunk(0)}})
+        row = encoder.row(chunk)
+        kv = encode_chunks(encoder.base, [row], check, ChunkKV.allocate(encoder.shape, [len(row)]))
+        store.put_all({encoder.key(chunk): kv.get(0)})
     return len(bad)
 
 
@@ -98,7 +100,8 @@ def encode_missing(
         count = max(1, min(len(missing), most // (len(missing[0][1].ids) + 1)))
         batch, rest = missing[:count], missing[count:]
         try:
-            piece = encode_chunks(encoder.base, [encoder.row(chunk) for _, chunk in batch], check)
+            rows = [encoder.row(chunk) for _, chunk in batch]
+            kv = encode_chunks(encoder.base, rows, check, ChunkKV.allocate(encoder.shape, list(map(len, rows))))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -108,7 +111,7 @@ def encode_missing(
                 ) from error
             most //= 2
             continue
-        store.put_all({key: {"kv": piece.chunk(row)} for row, (key, _) in enumerate(batch)})
+        store.put_all({key: kv.get(row) for row, (key, _) in enumerate(batch)})
         missing, done = rest, done + sum(len(chunk.ids) for _, chunk in batch)
         report(done)
 

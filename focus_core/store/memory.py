@@ -11,17 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from focus_core.errors import ConfigError, EmptyCorpusError, OutOfMemoryError, StoreError
-from focus_core.hardware import is_out_of_memory
-from focus_core.method.kv import ChunkBatch
+from focus_core.hardware import free_bytes, is_out_of_memory
+from focus_core.method.kv import ChunkKV
 from focus_core.method.parallel import Check, encode_chunks
-from focus_core.method.slabs import Slab
+from focus_core.method.slabs import Alike, Slab, equal_chunks
 from focus_core.method.state import MemoryState
 from focus_core.store.collections import Change, Contents, MissingChunksError, row_sum
 from focus_core.store.database import ChunkStore, Store
@@ -80,7 +78,7 @@ class Memory:
     @property
     def nbytes(self) -> int:
         """Bytes of chunk KV held."""
-        return sum(slab.batch.nbytes for slab in self._state.slabs)
+        return sum(slab.kv.nbytes for slab in self._state.slabs)
 
     @property
     def fingerprint(self) -> str:
@@ -260,15 +258,14 @@ class Memory:
         contents = checked_contents(store, name, encoder)
         chunks = [chunk for _, chunk in contents.chunks]
         loaded, total = 0, sum(len(chunk.ids) for chunk in chunks)
-        slabs = []
-        for group in encoder.layout.groups(chunks):
-            tensors = []
-            for alike in group:
-                tensors.append(_kv(store.get(encoder.key(alike[0]))).to(encoder.base.device))
-                loaded += sum(len(chunk.ids) for chunk in alike)
-                progress(loaded, total)
-            slabs.append(Slab.of(group, ChunkBatch.gather(tensors)))
-        memory = cls(encoder, None, MemoryState(contents.documents, tuple(chunks), tuple(slabs)))
+        groups = equal_chunks(chunks)
+        kv = ChunkKV.allocate(encoder.shape, [len(encoder.row(alike[0])) for alike in groups])
+        for row, alike in enumerate(groups):
+            _read(kv, row, store.get(encoder.key(alike[0])))
+            loaded += sum(len(chunk.ids) for chunk in alike)
+            progress(loaded, total)
+        slabs = (Slab.of(groups, kv),) if groups else ()
+        memory = cls(encoder, None, MemoryState(contents.documents, tuple(chunks), slabs))
         memory._source, memory._origin = store, _Origin.of(store, contents)
         return memory
 
@@ -304,40 +301,57 @@ class Memory:
         present, wanted = {id(chunk) for chunk in state.chunks}, {id(chunk) for chunk in chunks}
         slabs = [kept for slab in state.slabs if (kept := slab.without(present - wanted)) is not None]
         fresh = [chunk for chunk in chunks if id(chunk) not in present]
-        total, done = sum(len(chunk.ids) for chunk in fresh), 0
-        for group in self.encoder.layout.groups(fresh):
-            batch = self._encode(group, lambda tokens, before=done: progress(before + tokens, total), check)  # type: ignore[misc]
-            slabs.append(Slab.of(group, batch))
-            done += sum(len(chunk.ids) for alike in group for chunk in alike)
-        return MemoryState(documents, tuple(chunks), self._joined(slabs))
+        return MemoryState(documents, tuple(chunks), self._grown(slabs, fresh, progress, check))
 
-    def _joined(self, slabs: Sequence[Slab]) -> tuple[Slab, ...]:
-        """Join small slabs, which makes steps faster, unless there is no room to do it."""
+    def _grown(
+        self, slabs: Sequence[Slab], chunks: Sequence[Chunk], progress: Progress, check: Check
+    ) -> tuple[Slab, ...]:
+        """Lay new chunks behind those that are there: beside an equal one, else in rows of their own."""
+        total, held = sum(len(chunk.ids) for chunk in chunks), [slab.groups() for slab in slabs]
+        known = {alike[0].ids: (number, row) for number, slab in enumerate(held) for row, alike in enumerate(slab)}
+        fresh = []
+        for alike in equal_chunks(chunks):
+            if alike[0].ids in known:
+                number, row = known[alike[0].ids]
+                held[number][row] += alike
+            else:
+                fresh.append(alike)
+        found = [Slab.of(group, slab.kv) for group, slab in zip(held, slabs, strict=True)]
+        done = total - sum(len(chunk.ids) for alike in fresh for chunk in alike)
+        if not fresh:
+            return tuple(found)
+        last, kv = self._room(found, [len(self.encoder.row(alike[0])) for alike in fresh])
+        new = kv.rows(kv.size - len(fresh), kv.size)
+        self._encode(new, fresh, lambda tokens: progress(done + tokens, total), check)
+        both = Slab.of([*(last.groups() if last is not None else ()), *fresh], kv)
+        return (*(slab for slab in found if slab is not last), both)
+
+    def _room(self, slabs: Sequence[Slab], lengths: Sequence[int]) -> tuple[Slab | None, ChunkKV]:
+        """Make room for new rows: behind the last slab, which is returned too, or in a slab of their own."""
+        shape = self.encoder.shape
         try:
-            return self.encoder.layout.joined(slabs)
+            if slabs and slabs[-1].kv.extension_bytes(lengths) < free_bytes(shape.device) // 2:
+                return slabs[-1], slabs[-1].kv.extended(lengths)
+            return None, ChunkKV.allocate(shape, lengths)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return tuple(slabs)
+            raise _too_large(len(lengths), error) from error
 
-    def _encode(self, groups: Sequence[Sequence[Chunk]], progress: Callable[[int], None], check: Check) -> ChunkBatch:
-        """Compute or fetch one KV for each group of equal chunks; groups are sorted by falling length."""
+    def _encode(self, kv: ChunkKV, groups: Sequence[Alike], progress: Callable[[int], None], check: Check) -> None:
+        """Compute or fetch the KV of each group of equal chunks; groups are sorted by falling length."""
         encoder = self.encoder
-        rows = [encoder.row(alike[0]) for alike in groups]
-        try:
-            batch = encoder.allocate(rows)
-        except (RuntimeError, MemoryError) as error:
-            raise _too_large(len(rows), error) from error
         keys = [encoder.key(alike[0]) for alike in groups]
         tokens = [sum(len(chunk.ids) for chunk in alike) for alike in groups]
-        missing = self._fetch(keys, batch)
-        done = sum(tokens) - sum(tokens[index] for index in missing)
+        missing = self._fetch(keys, kv)
+        done = sum(tokens) - sum(tokens[row] for row in missing)
         most = _BATCH_TOKENS.get(encoder.base.device.type, 4096)
         while missing:
             check()
-            count = max(1, min(len(missing), most // len(rows[missing[0]])))
+            count = max(1, min(len(missing), most // kv.lengths[missing[0]]))
+            some = missing[:count]
             try:
-                piece = encode_chunks(encoder.base, [rows[index] for index in missing[:count]], check)
+                encode_chunks(encoder.base, [encoder.row(groups[row][0]) for row in some], check, kv.select(some))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -345,48 +359,42 @@ class Memory:
                     raise _too_large(1, error) from error
                 most //= 2
                 continue
-            for position, index in enumerate(missing[:count]):
-                batch.chunk(index).copy_(piece.chunk(position))
-                done += tokens[index]
+            done += sum(tokens[row] for row in some)
             if self.store is not None:
-                self.store.put_all({keys[index]: _tensors(batch.chunk(index)) for index in missing[:count]})
+                self.store.put_all({keys[row]: kv.get(row) for row in some})
             missing = missing[count:]
             progress(done)
-        return batch
 
-    def _fetch(self, keys: Sequence[str], batch: ChunkBatch) -> list[int]:
-        """Copy what the store has into the batch and return the rows that it has not, or that are damaged there."""
+    def _fetch(self, keys: Sequence[str], kv: ChunkKV) -> list[int]:
+        """Copy what the store has and return the rows that it has not, or that are damaged there."""
         missing, source = [], self.store if self.store is not None else self._source
         held = source.holds(keys) if source is not None else set()
-        for index, key in enumerate(keys):
+        for row, key in enumerate(keys):
             try:
                 if source is None or key not in held:
                     raise StoreError("it is to be computed")
-                batch.chunk(index).copy_(_kv(source.get(key)))
+                _read(kv, row, source.get(key))
             except StoreError:
-                missing.append(index)
+                missing.append(row)
         return missing
 
     def _put(self, store: Store, keys: Mapping[int, str], progress: Progress) -> None:
         """Write the chunk KV that a store has not, some at a time."""
         present, total, done = store.holds(set(keys.values())), self.tokens, 0
         waiting: dict[str, Tensors] = {}
-        for chunk, tensor in self._tensors():
-            key = keys[id(chunk)]
-            if key not in present:
-                present.add(key)
-                waiting[key] = _tensors(tensor)
-            if sum(item["kv"].nbytes for item in waiting.values()) >= _PUT_BYTES:
-                store.put_all(waiting)
-                waiting = {}
-            done += len(chunk.ids)
-            progress(done, total)
+        for slab in self._state.slabs:
+            for row, alike in enumerate(slab.groups()):
+                key = keys[id(alike[0])]
+                if key not in present:
+                    present.add(key)
+                    waiting[key] = slab.kv.get(row)
+                if sum(array.nbytes for item in waiting.values() for array in item.values()) >= _PUT_BYTES:
+                    store.put_all(waiting)
+                    waiting = {}
+                done += sum(len(chunk.ids) for chunk in alike)
+                progress(done, total)
         if waiting:
             store.put_all(waiting)
-
-    def _tensors(self) -> Iterator[tuple[Chunk, Tensor]]:
-        for slab in self._state.slabs:
-            yield from slab.tensors()
 
 
 @dataclass(frozen=True)
@@ -437,14 +445,14 @@ def _require(state: MemoryState, document_ids: Sequence[str]) -> None:
         raise ConfigError(f"no document {unknown[0]!r} in memory; it holds {len(state.documents)} documents")
 
 
-def _tensors(chunk: Tensor) -> Tensors:
-    return {"kv": chunk}
-
-
-def _kv(tensors: Tensors) -> Tensor:
-    if set(tensors) != {"kv"}:
-        raise StoreError(f"chunk KV of an unknown form ({', '.join(sorted(tensors))}); index the documents again")
-    return tensors["kv"]
+def _read(kv: ChunkKV, row: int, arrays: Tensors) -> None:
+    """Write what a store has into a row; it may be of the first form, one tensor of all keys and values."""
+    if set(arrays) == {"kv"} and kv.shape.format == "base":
+        kv.put_dense(row, arrays["kv"])
+    elif set(arrays) == set(kv.shape.arrays):
+        kv.put(row, arrays)
+    else:
+        raise StoreError(f"chunk KV of an unknown form ({', '.join(sorted(arrays))}); index the documents again")
 
 
 def _too_large(chunks: int, error: BaseException) -> OutOfMemoryError:

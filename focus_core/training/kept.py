@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from focus_core.method.kv import ChunkBatch
-from focus_core.method.parallel import encode_chunks
+from focus_core.method.kv import ChunkKV
+from focus_core.method.parallel import encode_chunks, kv_shape
 from focus_core.model.families import BaseDecoder
 
 Ids = tuple[int, ...]
@@ -29,9 +29,9 @@ class KeptChunks:
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes, self.nbytes = most_bytes, 0
         self.asked = self.found = 0
-        self._kept: OrderedDict[Ids, Tensor] = OrderedDict()
+        self._kept: OrderedDict[Ids, dict[str, Tensor]] = OrderedDict()
 
-    def encode(self, base: BaseDecoder, rows: Sequence[Ids]) -> ChunkBatch:
+    def encode(self, base: BaseDecoder, rows: Sequence[Ids]) -> ChunkKV:
         """Return the chunk KV of ``rows`` (sinks included); only those that are not kept run."""
         if not self.most_bytes:
             return encode_chunks(base, rows)
@@ -40,16 +40,23 @@ class KeptChunks:
         missing = list(dict.fromkeys(row for row in rows if row not in found))
         if missing:
             made = encode_chunks(base, missing)
-            found |= {row: made.chunk(index).clone() for index, row in enumerate(missing)}
+            found |= {row: made.get(index) for index, row in enumerate(missing)}
         for row in dict.fromkeys(rows):
             self._keep(row, found[row])
-        return ChunkBatch.gather([found[row] for row in rows])
+        kv = ChunkKV.allocate(kv_shape(base), [len(row) for row in rows])
+        for index, row in enumerate(rows):
+            kv.put(index, found[row])
+        return kv
 
-    def _keep(self, row: Ids, data: Tensor) -> None:
+    def _keep(self, row: Ids, data: dict[str, Tensor]) -> None:
         if row in self._kept:
             self._kept.move_to_end(row)
             return
         self._kept[row] = data
-        self.nbytes += data.nbytes
+        self.nbytes += _nbytes(data)
         while self.nbytes > self.most_bytes:
-            self.nbytes -= self._kept.popitem(last=False)[1].nbytes
+            self.nbytes -= _nbytes(self._kept.popitem(last=False)[1])
+
+
+def _nbytes(arrays: dict[str, Tensor]) -> int:
+    return sum(array.nbytes for array in arrays.values())

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from focus_core.config import Positions, TeacherMemory
 from focus_core.errors import ConfigError
-from focus_core.method.kv import ChunkBatch
+from focus_core.method.kv import ChunkKV
 from focus_core.method.parallel import PLAIN, Scoring, encode_chunks, sink_before
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
@@ -92,7 +92,7 @@ class Example:
         return sum(query.targets for query in self.queries)
 
 
-def encode_example(base: BaseDecoder, example: Example, sink: int | None, kept: KeptChunks | None = None) -> ChunkBatch:
+def encode_example(base: BaseDecoder, example: Example, sink: int | None, kept: KeptChunks | None = None) -> ChunkKV:
     """Run the chunk pass of an example, but for chunks whose KV is kept.
 
     Args:
@@ -110,7 +110,7 @@ def encode_example(base: BaseDecoder, example: Example, sink: int | None, kept: 
 class Task:
     """A query over encoded chunks: what one loss is computed from."""
 
-    chunks: ChunkBatch
+    chunks: ChunkKV
     query: Query
 
 

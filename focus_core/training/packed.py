@@ -15,8 +15,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from focus_core.config import Positions
-from focus_core.method.attention import HIDDEN, Part, attend, attend_causal, attend_self, attend_top, merge
-from focus_core.method.kv import ChunkBatch, move_keys, rotation
+from focus_core.method.attention import (
+    HIDDEN,
+    Part,
+    attend,
+    attend_causal,
+    attend_chunks,
+    attend_self,
+    attend_top,
+    merge,
+)
+from focus_core.method.kv import ChunkKV, move_keys, rotation
 from focus_core.method.parallel import Scoring, by_chunk, candidate_positions, local_start, packed_rows
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
@@ -81,11 +90,11 @@ class PackedExample:
         rows: one item a local context.
     """
 
-    def __init__(self, base: BaseDecoder, chunks: ChunkBatch, rows: Sequence[Row], positions: Positions) -> None:
+    def __init__(self, base: BaseDecoder, chunks: ChunkKV, rows: Sequence[Row], positions: Positions) -> None:
         self.chunks, self.rows = chunks, rows
         self._device = base.device
         count = chunks.size
-        self.chunk_bias = chunks.bias()
+        self.first_bias = chunks.first_hidden()
         ends = torch.tensor(chunks.lengths)[:, None]
 
         # 1) ordinary rows: chunk by chunk, in each one local context after the other
@@ -193,7 +202,7 @@ class PackedExample:
         self.keys, self.values = (
             by_chunk(tensor, self.chunks.size).permute(2, 1, 0, 3) for tensor in (moved, value)
         )  # (sets, kv_heads, chunks, head_dim)
-        if layer == self.chunks.data.shape[0]:  # the base's last layer
+        if layer == self.chunks.shape.layers:  # the base's last layer
             return query.new_zeros(1, query.shape[2], query.shape[1], query.shape[3])
         query, key, value = (by_chunk(tensor, self.chunks.size) for tensor in (query, key, value))
         parts = [self._attend_chunk(layer, query, scale, softcap)]
@@ -238,8 +247,8 @@ class PackedExample:
         return merge([local, candidates]).out.transpose(1, 2)
 
     def _attend_chunk(self, layer: int, query: Tensor, scale: float, softcap: float | None) -> Part:
-        keys, values = self.chunks.data[layer, 0], self.chunks.data[layer, 1]
-        return attend(query, keys, values, scale, softcap=softcap, bias=self.chunk_bias)
+        first = attend(query, *self.chunks.first(layer), scale, softcap=softcap, bias=self.first_bias)
+        return attend_chunks(query, self.chunks.layer(layer), scale, softcap=softcap, others=[first])
 
 
 @torch.no_grad()

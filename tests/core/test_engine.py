@@ -413,7 +413,7 @@ def test_an_answered_question_lets_its_memory_go(make_engine, ask):
     """Chunk KV is freed with the last name of the memory, without waiting for Python's garbage collector."""
     engine = make_engine()
     memory = engine.remember(DOCUMENTS)
-    held = [weakref.ref(slab.batch.data) for slab in memory.state.slabs]
+    held = [weakref.ref(slab.kv.source) for slab in memory.state.slabs]
     gc.collect()
     gc.disable()
     try:

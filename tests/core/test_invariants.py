@@ -15,8 +15,9 @@ from focus_core.errors import (
     OutOfMemoryError,
     UnsupportedModelError,
 )
-from focus_core.method.kv import Suffix, move_keys, rotation
+from focus_core.method.kv import move_keys, rotation
 from focus_core.method.parallel import encode_chunks
+from focus_core.method.suffix import Suffix
 from focus_core.model.candidate import CandidateAdapter, CandidateLinear
 from focus_core.model.families import FAMILIES, BaseDecoder
 from focus_core.store.memory import Memory
@@ -164,7 +165,7 @@ def test_3_equal_chunks_share_a_row_and_count_each(family, make_engine):
         expected = Oracle(model, weights, positions, 0).logits(chunks, LOCAL, 4, "incremental")
         engine = make_engine(family, model=model, dtype=torch.float64, positions=positions)
         state = _memory_of(engine, chunks).state
-        assert sum(slab.batch.size for slab in state.slabs) == 3
+        assert sum(slab.kv.size for slab in state.slabs) == 3
         for size in (None, 1, 2):
             reading = engine.reading(state, max_tokens=len(LOCAL), chunks_per_batch=size)
             found = [reading.begin(LOCAL[:4])] + [reading.step(token) for token in LOCAL[4:]]
@@ -330,7 +331,7 @@ def test_3_batched_equals_one_by_one_equals_ragged(family):
     together = encode_chunks(base, CHUNKS)
     for index, chunk in enumerate(CHUNKS):
         alone = encode_chunks(base, [chunk])
-        torch.testing.assert_close(together.chunk(index), alone.chunk(0), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together.dense(index), alone.dense(0), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.rotary == "half"])
@@ -475,21 +476,22 @@ def test_8_out_of_memory_tries_smaller_batches_first(make_engine, monkeypatch):
 
 def test_no_step_copies_chunk_kv(make_engine, monkeypatch):
     """The chunk keys that attention reads in a step are views of the memory's own storage."""
-    from focus_core.method import parallel
+    from focus_core.method import attention
 
     engine = make_engine()
     memory = engine.remember(DOCUMENTS)
-    storages = {slab.batch.data.untyped_storage().data_ptr() for slab in memory.state.slabs}
+    held = [slab.kv.source.layer(layer) for slab in memory.state.slabs for layer in range(slab.kv.shape.layers)]
+    storages = {arrays["keys"].untyped_storage().data_ptr() for arrays in held}
     reading = engine.reading(memory.state, max_tokens=4)
     reading.begin([20, 21, 22])
     seen: list[int] = []
-    original = parallel.attend
+    original = attention.attend
 
     def spy(query, key, value, scale, **kwargs):
         seen.append(key.untyped_storage().data_ptr())
         return original(query, key, value, scale, **kwargs)
 
-    monkeypatch.setattr(parallel, "attend", spy)
+    monkeypatch.setattr(attention, "attend", spy)
     reading.step(23)
     assert storages <= set(seen)
 

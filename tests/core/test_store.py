@@ -157,8 +157,8 @@ def test_a_saved_memory_answers_equally(make_engine, tmp_path):
     assert loaded.fingerprint == memory.fingerprint
     for slab, other in zip(memory.state.slabs, loaded.state.slabs, strict=True):
         assert slab.rows == other.rows
-        for index in range(slab.batch.size):
-            assert torch.equal(slab.batch.chunk(index), other.batch.chunk(index))
+        for index in range(slab.kv.size):
+            assert torch.equal(slab.kv.dense(index), other.kv.dense(index))
 
 
 def test_other_models_and_other_formats_are_refused(make_engine, tmp_path):

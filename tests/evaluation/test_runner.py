@@ -22,7 +22,6 @@ from focus_core.evaluation.runner import run, summarise
 from focus_core.evaluation.suite_metrics import Measure
 from focus_core.evaluation.tasks.passkey import passkey
 from focus_core.evaluation.trial import Trial
-from focus_core.store import encoder as encoder_module
 from focus_core.store import memory as memory_module
 from focus_core.store.memory import Memory
 from focus_core.text.corpus import Document
@@ -36,9 +35,9 @@ def counted(monkeypatch):
     rows = []
     original = memory_module.encode_chunks
 
-    def counting(base, batch, check):
+    def counting(base, batch, *rest):
         rows.extend(map(tuple, batch))
-        return original(base, batch, check)
+        return original(base, batch, *rest)
 
     monkeypatch.setattr(memory_module, "encode_chunks", counting)
     return rows
@@ -73,7 +72,7 @@ def test_cached_kv_is_what_was_computed(make_engine, counted):
     seen = []
     for _ in range(2):
         with cache.memory(engine.encoder, trial.documents) as memory:
-            seen.append([slab.batch.data.clone() for slab in memory.state.slabs])
+            seen.append([slab.kv.dense(row) for slab in memory.state.slabs for row in range(slab.kv.size)])
             chunks = {chunk.ids for chunk in memory.chunks}
             assert len(cache) == 0  # no chunk is held twice
         assert cache.encoded == len(counted) == len(chunks) == len(cache)
@@ -83,13 +82,11 @@ def test_cached_kv_is_what_was_computed(make_engine, counted):
 
 
 def test_a_full_cache_keeps_what_it_has(make_engine, counted, monkeypatch):
-    """Over its limit no more slabs are kept, nothing is dropped, and answers need only what is missing."""
+    """Over its limit no more chunks are kept, nothing is dropped, and answers need only what is missing."""
     engine = make_engine(chunk_size=32)
     documents = [Document(str(index), f"the cat number {index} sat on the mat") for index in range(6)]
     one = Memory(engine.encoder)
     one.add(documents[:1])
-    monkeypatch.setitem(encoder_module._SLAB_BYTES, "cpu", int(one.nbytes * 1.5))
-    engine = make_engine(chunk_size=32)
     cache = ChunkCache(limit=int(one.nbytes * 3.5))
     counted.clear()
     for _ in range(2):
@@ -109,7 +106,8 @@ def test_what_is_cached_keeps_no_more_than_itself_alive(make_engine, counted):
         pass
     with cache.memory(engine.encoder, documents[:1]) as memory:
         assert len(cache) == 11
-        assert cache.nbytes == sum(chunk.untyped_storage().nbytes() for chunk in cache._chunks.values())
+        assert {kv.size for kv, _ in cache._chunks.values()} == {11}
+        assert cache.nbytes == sum(kv.rows(row, row + 1).nbytes for kv, row in cache._chunks.values())
         assert len(memory) == 1
     counted.clear()
     with cache.memory(engine.encoder, documents):

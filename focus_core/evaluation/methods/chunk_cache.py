@@ -8,13 +8,13 @@ haystack in the same order, which is the one order that dropping the oldest neve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from focus_core.hardware import free_bytes
+from focus_core.method.kv import ChunkKV
 from focus_core.store.encoder import ChunkEncoder
 from focus_core.store.memory import Memory
 from focus_core.store.segments import Tensors
@@ -25,7 +25,7 @@ class ChunkCache:
     """Chunk KV by address; what a memory asks of a store.
 
     Args:
-        limit: most bytes to hold, in whole slabs; half of what is free on the base's device at the first trial if not
+        limit: most bytes to hold; half of what is free on the base's device at the first trial if not
             given.
     """
 
@@ -34,7 +34,7 @@ class ChunkCache:
         self.nbytes = 0
         self.encoded = 0
         """Chunks that had to be computed so far."""
-        self._chunks: dict[str, Tensor] = {}
+        self._chunks: dict[str, tuple[ChunkKV, int]] = {}
 
     def holds(self, keys: Iterable[str]) -> set[str]:
         """Return which keys have chunk KV here."""
@@ -44,10 +44,10 @@ class ChunkCache:
         return len(self._chunks)
 
     def get(self, key: str) -> dict[str, Tensor]:
-        """Take one chunk's (layers, 2, kv_heads, length, head_dim) out."""
-        chunk = self._chunks.pop(key)
-        self.nbytes -= chunk.nbytes
-        return {"kv": chunk}
+        """Take one chunk's arrays out."""
+        kv, row = self._chunks.pop(key)
+        self.nbytes -= kv.rows(row, row + 1).nbytes
+        return kv.get(row)
 
     def put_all(self, items: Mapping[str, Tensors]) -> None:
         """Count chunks that were computed; their KV comes when their memory is given back."""
@@ -65,17 +65,28 @@ class ChunkCache:
             yield memory
         finally:
             for slab in memory.state.slabs:
-                if self.nbytes + slab.batch.nbytes <= self.limit:
-                    for chunk, tensor in slab.tensors():
-                        self._keep(encoder.key(chunk), tensor)
+                self._keep([encoder.key(alike[0]) for alike in slab.groups()], slab.kv, self.limit)
             memory.remove([document.id for document in memory.documents])
 
-    def _keep(self, key: str, chunk: Tensor) -> None:
-        self.nbytes += chunk.nbytes if key not in self._chunks else 0
-        self._chunks.setdefault(key, chunk)
+    def _keep(self, keys: Sequence[str], kv: ChunkKV, limit: int) -> None:
+        """Hold the first chunks that there is room for: where they lie if that is all of them, else a copy."""
+        kept: list[int] = []
+        for row, key in enumerate(keys):
+            more = kv.rows(row, row + 1).nbytes
+            if key in self._chunks or self.nbytes + more > limit:
+                continue
+            self.nbytes += more
+            kept.append(row)
+        held = kv if len(kept) == kv.size else kv.select(kept).copied()
+        self._chunks |= {keys[row]: (held, number) for number, row in enumerate(kept)}
 
     def _let_go(self) -> None:
-        """Copy what a trial did not take, so that it no longer keeps the slabs of the trial before alive."""
-        for key, chunk in self._chunks.items():
-            if chunk.untyped_storage().nbytes() > chunk.nbytes:
-                self._chunks[key] = chunk.clone(memory_format=torch.contiguous_format)
+        """Copy what a trial did not take, so that it no longer keeps alive what lay beside it."""
+        left: dict[int, list[str]] = {}
+        for key, (kv, _) in self._chunks.items():
+            left.setdefault(id(kv), []).append(key)
+        for keys in left.values():
+            kv = self._chunks[keys[0]][0]
+            if len(keys) < kv.size:
+                copied = kv.select([self._chunks[key][1] for key in keys]).copied()
+                self._chunks |= {key: (copied, number) for number, key in enumerate(keys)}

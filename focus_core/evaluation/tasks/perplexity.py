@@ -21,7 +21,6 @@ from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError, ContextTooLongError
 from focus_core.evaluation.report.records import Record, RecordFile, engine_facts, machine_facts, write_metrics
 from focus_core.evaluation.tasks.text_windows import Window
-from focus_core.method.kv import Suffix
 from focus_core.method.parallel import (
     ChunkRows,
     LocalRows,
@@ -33,6 +32,7 @@ from focus_core.method.parallel import (
     sink_before,
     sweep,
 )
+from focus_core.method.suffix import Suffix
 from focus_core.text.chunking import cut
 from focus_core.text.tokenization import Encoded
 

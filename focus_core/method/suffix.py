@@ -1,0 +1,80 @@
+"""Hold the keys and values that grow while an answer is decoded: behind every chunk, and of the local context.
+
+They grow in place and are committed when a whole pass has succeeded. Nothing here runs a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from focus_core.method.kv import FIRST, ChunkKV
+
+
+class GrowingKV:
+    """Keys and values that grow in place while an answer is decoded.
+
+    Args:
+        data: (layers, 2, batch, kv_heads, front + capacity, head_dim).
+        front: entries before those that grow.
+    """
+
+    def __init__(self, data: Tensor, front: int = 0) -> None:
+        self.data, self.front = data, front
+        self.used = 0
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (batch, kv_heads, rows, head_dim) behind what is committed; return all of K and V of the layer."""
+        start = self.front + self.used
+        stop = start + key.shape[2]
+        if stop > self.data.shape[4]:
+            grown = self.data.new_empty(*self.data.shape[:4], 2 * stop, self.data.shape[5])
+            grown[..., :start, :] = self.data[..., :start, :]
+            self.data = grown
+        if stop > start:  # a pass without new rows must not touch what autograd has saved
+            self.data[layer, 0, :, :, start:stop] = key
+            self.data[layer, 1, :, :, start:stop] = value
+        return self.data[layer, 0, :, :, :stop], self.data[layer, 1, :, :, :stop]
+
+    def read(self) -> Tensor:
+        """Return what is committed, (layers, 2, batch, kv_heads, rows, head_dim)."""
+        return self.data[..., self.front : self.front + self.used, :]
+
+    def write_all(self, data: Tensor) -> None:
+        """Begin with what :meth:`read` of another one returned."""
+        self.data[..., self.front : self.front + data.shape[4], :] = data
+        self.used = data.shape[4]
+
+    def commit(self, rows: int) -> None:
+        """Keep the last ``rows`` written rows of all layers."""
+        self.used += rows
+
+
+class Suffix(GrowingKV):
+    """The (chunk, question) KV that a question appends behind every chunk; the chunks' first tokens lie in front.
+
+    Args:
+        like: the chunks it stands behind.
+        capacity: tokens it can hold before it has to grow.
+    """
+
+    def __init__(self, like: ChunkKV, capacity: int) -> None:
+        shape = like.shape
+        data = torch.empty(
+            (shape.layers, 2, like.size, shape.kv_heads, FIRST + max(capacity, 1), shape.head_dim),
+            dtype=shape.dtype,
+            device=shape.device,
+        )
+        for layer in range(shape.layers):
+            for index, first in enumerate(like.first(layer)):
+                data[layer, index, :, :, :FIRST] = first
+        super().__init__(data, FIRST)
+
+    def choose(self, chunks: Sequence[int]) -> Suffix:
+        """Return a copy that stands behind some of the chunks alone."""
+        chosen = copy(self)
+        chosen.data = self.data[:, :, list(chunks)]
+        return chosen
