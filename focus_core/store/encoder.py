@@ -20,7 +20,6 @@ from focus_core.text.corpus import Document
 from focus_core.text.tokenization import TextTokenizer
 
 
-
 def check_sliding_window(base: BaseDecoder, config: FocusConfig) -> None:
     """Raise :class:`UnsupportedModelError` if some layer of the base would not see the whole of a chunk row."""
     longest = config.chunk_size + config.prompt_length + int(config.sink) + 1

@@ -214,7 +214,7 @@ def test_an_interrupted_read_resumes_from_the_store(make_engine, tmp_path, monke
     counted: list[int] = []
     original = module.encode_chunks
     monkeypatch.setattr(
-        module, "encode_chunks", lambda base, rows, check: counted.append(len(rows)) or original(base, rows, check)
+        module, "encode_chunks", lambda base, rows, *rest: counted.append(len(rows)) or original(base, rows, *rest)
     )
     words = " ".join(str(number) for number in range(120))
 
