@@ -7,6 +7,7 @@ file and knows no model; ``to_dict`` / ``from_dict`` round-trip through JSON.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
@@ -19,10 +20,14 @@ KVFormat = Literal["base", "int8", "int4"]
 RereadWay = Literal["run", "moved"]
 
 
-def _bounded(name: str, value: float, low: float, high: float | None = None) -> None:
-    if value < low or (high is not None and value > high):
-        bound = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ConfigError(f"{name} must be {bound}; got {value}")
+def _bounded(name: str, value: float, low: float, high: float | None = None, *, above: bool = False) -> None:
+    """Check ``low <= value <= high``, or ``low < value`` with ``above``; what is no number fails too."""
+    whole = isinstance(low, int)
+    kind = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+    if not kind or not (low < value if above else low <= value) or (high is not None and not value <= high):
+        least = f"above {low}" if above else f"at least {low}"
+        bound = least if high is None else f"{least} and at most {high}" if above else f"between {low} and {high}"
+        raise ConfigError(f"{name} must be {'a whole number ' if whole and not kind else ''}{bound}; got {value!r}")
 
 
 def _one_of(name: str, value: str, literal: Any) -> None:
@@ -152,14 +157,13 @@ class DecodeConfig(_Json):
         _bounded("reread_tokens", self.reread_tokens, 1)
         _one_of("reread_way", self.reread_way, RereadWay)
         if self.chunk_top_p is not None:
-            _bounded("chunk_top_p", self.chunk_top_p, 0.0, 1.0)
+            _bounded("chunk_top_p", self.chunk_top_p, 0.0, 1.0, above=True)
         _bounded("temperature", self.temperature, 0.0)
-        _bounded("top_p", self.top_p, 0.0, 1.0)
+        _bounded("top_p", self.top_p, 0.0, 1.0, above=True)
         _bounded("top_k", self.top_k, 0)
         _bounded("min_p", self.min_p, 0.0, 1.0)
         _bounded("logprobs", self.logprobs, 0)
-        if self.repetition_penalty <= 0:
-            raise ConfigError(f"repetition_penalty must be above 0; got {self.repetition_penalty}")
+        _bounded("repetition_penalty", self.repetition_penalty, 0.0, above=True)
         if self.chunks_per_batch is not None:
             _bounded("chunks_per_batch", self.chunks_per_batch, 1)
         if any(not text for text in self.stop):
@@ -329,8 +333,9 @@ class TrainConfig(_Json):
         _one_of("candidate_bias", self.candidate_bias, CandidateBias)
         _bounded("top_candidates", self.top_candidates, 0)
         _bounded("first_candidate_layer", self.first_candidate_layer, 0)
-        if self.learning_rate <= 0:
-            raise ConfigError(f"learning_rate must be above 0; got {self.learning_rate}")
+        _bounded("learning_rate", self.learning_rate, 0.0, above=True)
+        _bounded("max_grad_norm", self.max_grad_norm, 0.0, above=True)
+        _bounded("warmup_steps", self.warmup_steps, 0)
         self._check_sizes()
         self._check_objectives()
         self._check_stages()

@@ -34,10 +34,12 @@ from focus_core.store.database import Store
 from focus_core.store.encoder import ChunkEncoder
 from focus_core.store.memory import Memory, Progress
 from focus_core.store.places import Place, find_place
-from focus_core.text.corpus import Document, distinct, load_documents
+from focus_core.text.chunking import PARAGRAPH
+from focus_core.text.corpus import Document, distinct, load_documents, named_path
 from focus_core.text.tokenization import TextTokenizer
 
 UNTRAINED = "untrained"
+_NO_QUESTION = "the question is empty; ask something"
 _ANY = "?"  # a question, to see what all questions begin with
 Template = Literal["question", "chat", "raw"]
 Documents = Document | str | Path | Iterable[Document | str | Path]
@@ -178,7 +180,8 @@ class FocusEngine:
         """Read documents into a new memory; their chunk KV is computed once.
 
         Args:
-            documents: documents, texts, or paths (:class:`pathlib.Path`) of files and folders; one or many.
+            documents: documents, texts, or paths (:class:`pathlib.Path`) of files and folders; one or many. A string
+                alone may be a path too; if it looks like one, it must be there.
             store: folder that keeps chunk KV while it is computed, so that a stopped run resumes.
             packed: let short documents share chunks.
             progress: called with tokens done and to do.
@@ -235,6 +238,8 @@ class FocusEngine:
             ConfigError: an option is unknown or out of bounds, or the memory is another engine's.
             ContextTooLongError: the question does not fit the window.
         """
+        if not question.strip() and template != "raw":
+            raise ConfigError(_NO_QUESTION)
         local = self.local_ids(question, template)
         opening = _shared_tokens(local, self.local_ids(_ANY, template))
         return self.stream_ids(local, memory, decode=decode, cancelled=cancelled, opening=opening, **options)
@@ -279,7 +284,7 @@ class FocusEngine:
         computed once while the memory stays as it is.
         """
         if not local:
-            raise ConfigError("the question is empty; ask something")
+            raise ConfigError(_NO_QUESTION)
         decode = _decode(decode, options)
         if decode.chunk_top_p is None:
             decode = replace(decode, chunk_top_p=self.info.chunk_top_p)
@@ -336,6 +341,8 @@ class FocusEngine:
             ConfigError: an option, a tool or the schema is bad, or llguidance is needed and not installed.
             ContextTooLongError: the last turn with the tools does not fit the window.
         """
+        if not messages or (messages[-1].role == "user" and not messages[-1].content.strip()):
+            raise ConfigError(_NO_QUESTION)
         decode, cancelled = _decode(decode, options), cancelled or threading.Event()
         constraint = tool_calls(tools, tool_choice, parallel, schema=schema)
         offered = () if tool_choice == "none" else tools
@@ -403,12 +410,13 @@ class FocusEngine:
             return "", text
         first = count - min(self.config.prompt_length, count) * 3 // 4
         cut = int(encoded.starts[first])
-        better = text.find("\n\n", cut)
+        paragraph = PARAGRAPH.search(text, cut)
+        better = paragraph.start() if paragraph else -1
         if better < 0 or len(text) - better < 16:
             better = text.find("\n", cut)
         if 0 <= better < len(text) - 16:
             cut = better + 1
-        return text[:cut], text[cut:].lstrip("\n")
+        return text[:cut], text[cut:].lstrip("\r\n")
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of plain text."""
@@ -424,7 +432,15 @@ class FocusEngine:
 
 
 def as_documents(documents: Documents) -> list[Document]:
-    """Turn texts, paths and documents, one or many, into a list of documents."""
+    """Turn texts, paths and documents, one or many, into a list of documents.
+
+    A string alone is the path of a file or folder if there is one, else a text; in a list it is a text.
+
+    Raises:
+        DocumentNotFoundError: a string alone looks like a path, and nothing is there.
+    """
+    if isinstance(documents, str):
+        documents = named_path(documents) or documents
     several = [documents] if isinstance(documents, (Document, str, Path)) else list(documents)
     found: list[Document] = []
     for item in several:

@@ -7,6 +7,7 @@ owns its random generator, so equal seeds give equal answers whatever runs besid
 
 from __future__ import annotations
 
+import codecs
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -202,7 +203,7 @@ class _Sampler:
 
 
 class _TextStream:
-    """Turns tokens into text pieces that will not change any more."""
+    """Turns tokens into text pieces that will not change any more and end at character boundaries."""
 
     def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str]) -> None:
         self.tokenizer, self.stop = tokenizer, stop
@@ -210,17 +211,22 @@ class _TextStream:
         self._ids: list[int] = []
         self._sure = 0  # tokens whose text has been read into _held
         self._held = ""
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")  # of byte tokens, a character's one by one
 
     def push(self, token: int) -> str:
         """Add a token and return the text that is now certain."""
         self._ids.append(token)
-        before = max(0, self._sure - 4)  # some context: a token's text can depend on the one before it
-        known = self.tokenizer.decode(self._ids[before : self._sure])
-        text = self.tokenizer.decode(self._ids[before:])
-        if text.endswith("\ufffd") and len(self._ids) - self._sure < 8:
-            return ""
-        self._sure = len(self._ids)
-        self._held += text[len(known) :]
+        byte = self.tokenizer.byte_tokens.get(token)
+        if byte is not None:
+            self._held += self._bytes.decode(bytes([byte]))
+            self._sure = len(self._ids)
+        else:
+            self._held += self._bytes.decode(b"", final=True)
+            text = self._unread()
+            if text.endswith("\ufffd") and len(self._ids) - self._sure < 8:
+                return ""
+            self._sure = len(self._ids)
+            self._held += text
         for stop in self.stop:
             at = self._held.find(stop)
             if at >= 0:
@@ -233,13 +239,17 @@ class _TextStream:
 
     def flush(self) -> str:
         """Return what was held back."""
-        if not self.stopped and self._sure < len(self._ids):
-            before = max(0, self._sure - 4)
-            known = self.tokenizer.decode(self._ids[before : self._sure])
-            self._held += self.tokenizer.decode(self._ids[before:])[len(known) :]
+        if not self.stopped:
+            self._held += self._bytes.decode(b"", final=True) + self._unread()
             self._sure = len(self._ids)
         text, self._held = self._held, ""
         return text
+
+    def _unread(self) -> str:
+        """Return the text of the tokens that have not been read."""
+        before = max(0, self._sure - 4)  # some context: a token's text can depend on the one before it
+        known = self.tokenizer.decode(self._ids[before : self._sure])
+        return self.tokenizer.decode(self._ids[before:])[len(known) :]
 
     def _may_begin_stop(self) -> int:
         """Return how many of the last characters could be the beginning of a stop string."""

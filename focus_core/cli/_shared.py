@@ -42,7 +42,7 @@ SavedMemory = Annotated[
     str | None, typer.Option("--memory", help="What `focusllm index` made: the name of a collection, or a folder.")
 ]
 ChunkSize = Annotated[int | None, typer.Option(help="Most tokens of a chunk. [default: the adapter's]")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: what there is]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. [default: the fastest there is]")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens of the answer.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 ChunkTopP = Annotated[

@@ -187,7 +187,8 @@ def _load(base: str | None, dtype: str | None, processes: Any) -> Any:
     import torch
 
     from focus_core.errors import ConfigError
-    from focus_core.model.hub import default_dtype, load_base
+    from focus_core.hardware import default_dtype
+    from focus_core.model.hub import load_base
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype is not None and dtype not in kinds:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from focus_core.config import FocusConfig
 from focus_core.errors import AdapterError, AdapterMismatchError, BaseModelError, ConfigError
 from focus_core.files import write_atomically
+from focus_core.hardware import check_operators, choose_device, default_dtype
 from focus_core.model.bases import base_of, first_line
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.sources import DEFAULT_FILE, DEFAULT_PACKAGE, Notice, source_of
@@ -95,14 +96,6 @@ class AdapterInfo:
 # -- base -------------------------------------------------------------------------------------------------------
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the hardware multiplies it fast, float32 elsewhere: torch is asked."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    fast = device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.bfloat16 if fast else torch.float32
-
-
 def load_base(
     name: str | Path | None = None,
     *,
@@ -115,14 +108,17 @@ def load_base(
     Args:
         name: a named base, hub name, folder, GGUF file, or ``None`` for the installed default.
         dtype: of the weights; :func:`default_dtype` if not given.
-        device: ``cuda`` if there is one, else ``cpu``, if not given.
+        device: the fastest there is (``cuda``, ``mps``, ``cpu``), if not given.
         notice: told about long work.
 
     Raises:
+        ConfigError: there is no such device, or it lacks the dtype.
         BaseModelError: the weights cannot be found or read.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = choose_device(device)
     kind = dtype or default_dtype(place)
+    if place.type not in ("cpu", "cuda"):
+        check_operators(place, kind)
     source = source_of(name, notice)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)

@@ -16,7 +16,7 @@ from typing import Any
 from focus_core.answers import Answer
 from focus_core.errors import ConfigError, EmptyCorpusError
 from focus_core.store.memory import Memory
-from focus_core.text.corpus import Document, canonical, distinct, load_documents
+from focus_core.text.corpus import Document, canonical, distinct, load_documents, named_path
 
 MemoryFilter = Collection[str] | Mapping[str, Any] | Callable[[Document], bool]
 """Ids to keep, metadata that must be equal, or a function that tells whether a document is kept."""
@@ -30,7 +30,8 @@ def to_documents(
     Args:
         documents: a path (str or Path), a text in a :class:`~focus_core.text.corpus.Document`, framework documents or
             nodes (anything with ``page_content`` or ``text``), a memory (its documents), or several. A plain string is
-            a path if it names one, else a text. What holds no text is left out.
+            a path if it names one, else a text; alone it must not look like a path that is not there. What holds no
+            text is left out.
         read: reads the files of a path.
 
     Returns:
@@ -39,6 +40,7 @@ def to_documents(
 
     Raises:
         ConfigError: an item is none of these.
+        DocumentNotFoundError: a string alone looks like a path, and nothing is there.
         EmptyCorpusError: there are items, and none holds text.
     """
     alone = (
@@ -46,7 +48,8 @@ def to_documents(
         or not isinstance(documents, Iterable)
         or _is_framework(documents)
     )
-    several: Sequence[Any] = [documents] if alone else list(documents)
+    path = named_path(documents) if isinstance(documents, str) else None
+    several: Sequence[Any] = [path or documents] if alone else list(documents)
     found: list[Document] = []
     for item in several:
         if isinstance(item, Document):

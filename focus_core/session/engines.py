@@ -76,7 +76,7 @@ def shared_engine(
         base: a named base, hub name, folder or GGUF file; the installed default if not given.
         adapter: folder or hub name; the shipped one if not given.
         chunk_size: most tokens of a chunk; engines that differ in it alone share weights.
-        device: ``cpu`` or ``cuda``; chosen if not given.
+        device: ``cpu``, ``cuda`` or ``mps``; chosen if not given.
         dtype: ``float32``, ``bfloat16`` or ``float16``; chosen if not given.
 
     Raises:

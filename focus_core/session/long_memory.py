@@ -48,7 +48,7 @@ class LongMemory:
         engine: a loaded engine; the process's for these settings if not given.
         model: base model.
         adapter: of the base.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda`` or ``mps``.
         dtype: of the weights.
 
     Raises:

@@ -16,9 +16,9 @@ import numpy as np
 from focus_core.errors import ConfigError
 from focus_core.text.tokenization import Encoded
 
-_PARAGRAPH = re.compile(r"\n[ \t]*\n\s*")
-_LINE = re.compile(r"[.!?…。！？][\"'”’)\]]*[ \t]*\n\s*")  # not where prose is wrapped
-_SENTENCE = re.compile(r"[.!?…][\"'”’)\]]*\s+|[。！？]|\n")
+PARAGRAPH = re.compile(r"(?>\r\n|\r|\n)[ \t]*[\r\n]\s*")  # lines end with LF, CRLF or CR
+_LINE = re.compile(r"[.!?…。！？][\"'”’)\]]*[ \t]*[\r\n]\s*")  # not where prose is wrapped
+_SENTENCE = re.compile(r"[.!?…][\"'”’)\]]*\s+|[。！？]|\r\n?|\n")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _boundary(text: str, encoded: Encoded, first: int, limit: int) -> int:
     """Return the best token to end before, in the second half of ``first`` .. ``limit``."""
     half = first + max(1, (limit - first) // 2)
     low, high = int(encoded.starts[half]), int(encoded.starts[limit])
-    for pattern in (_PARAGRAPH, _LINE, _SENTENCE):
+    for pattern in (PARAGRAPH, _LINE, _SENTENCE):
         for end in reversed([match.end() for match in pattern.finditer(text, low, high)]):
             token = _token_at(encoded, end, half, limit)
             if token is not None:

@@ -1,29 +1,45 @@
 """Read documents from files, folders and standard input, lazily.
 
-A document is an id, its text and free metadata. Only text is read (UTF-8): a binary file named by the user is an error,
-one met inside a folder is skipped and reported. The module does not cut or tokenise.
+A document is an id, its text and free metadata. Only text is read (UTF-8, or UTF-16 and UTF-32 with their mark): a
+file named by the user that is none is an error, one met inside a folder is skipped and reported. The module does not
+cut or tokenise.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import pickle
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from focus_core.errors import DocumentNotFoundError, EmptyCorpusError, NotTextError
+from focus_core.errors import CorpusError, DocumentNotFoundError, EmptyCorpusError, NotTextError
 from focus_core.files import is_store
 
 STDIN = "-"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_MARKS = (  # longest first: the mark of UTF-32 begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_PATH_LIKE = re.compile(r"(~|\.{0,2}[/\\]|[A-Za-z]:[/\\]).*|.*[/\\]|\S*[/\\]\S*|\S*\w\.[A-Za-z][A-Za-z0-9]{0,4}")
+Skipped = Callable[[Path, str], None]
 
 
 @dataclass(frozen=True)
 class Document:
     """A text that memory can hold.
+
+    Half a surrogate pair, which no encoding can write, is replaced by U+FFFD in id and text, with a warning; offsets
+    stay what they were.
 
     Args:
         id: unique name; adding another document of the same id replaces it.
@@ -37,35 +53,71 @@ class Document:
     metadata: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        for name in ("id", "text"):
+            value = getattr(self, name)
+            if isinstance(value, str) and _SURROGATE.search(value):
+                object.__setattr__(self, name, well_formed(value))
+                warnings.warn(
+                    f"the {name} of document {self.id!r} holds half a surrogate pair, which is no character; it is "
+                    "read as U+FFFD",
+                    stacklevel=3,
+                )
+
     @property
     def text_sum(self) -> bytes:
         """Checksum of the text."""
         return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).digest()
 
 
-def read_documents(
-    paths: Iterable[str | Path], *, skipped: Callable[[Path, str], None] = lambda path, why: None
-) -> Iterator[Document]:
+def well_formed(text: str) -> str:
+    """Replace each lone surrogate by U+FFFD: as many characters, and every encoding can write them."""
+    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
+
+
+def named_path(text: str) -> Path | None:
+    """Return the path that a string names, ``~`` expanded, or ``None`` where it is a text.
+
+    Raises:
+        DocumentNotFoundError: it looks like a path, and nothing is there.
+    """
+    if "\n" in text or len(text) > 1024:
+        return None
+    try:
+        path = Path(text).expanduser()
+        if path.exists():
+            return path
+    except (OSError, ValueError, RuntimeError):  # no name that this system could have
+        return None
+    if _PATH_LIKE.fullmatch(text.strip()):
+        raise DocumentNotFoundError(
+            f"no file or folder at {text!r}; check the path (a text is given in a list, or as a Document)"
+        )
+    return None
+
+
+def read_documents(paths: Iterable[str | Path], *, skipped: Skipped = lambda path, why: None) -> Iterator[Document]:
     """Yield one document a file; folders are walked in sorted order, hidden entries left out.
 
     Args:
         paths: files, folders, or ``-`` for standard input.
-        skipped: called with the path and the reason for each file of a folder that is not text.
+        skipped: called with the path and the reason for each entry of a folder that cannot be read as text.
 
     Raises:
         DocumentNotFoundError: a path does not exist.
-        NotTextError: a file named in ``paths`` is not UTF-8 text.
+        NotTextError: a file named in ``paths`` is no text.
+        CorpusError: one cannot be read.
     """
     for path in paths:
         if str(path) == STDIN:
-            yield Document("stdin", sys.stdin.read(), {"source": STDIN})
+            yield Document("stdin", _standard_input(), {"source": STDIN})
             continue
         path = Path(path)
         if path.is_dir():
-            for file in sorted(_files(path, skipped)):
+            for file in _files(path, skipped):
                 try:
                     yield _read(file)
-                except NotTextError as error:
+                except CorpusError as error:
                     skipped(file, str(error))
         elif path.is_file():
             yield _read(path)
@@ -73,9 +125,7 @@ def read_documents(
             raise DocumentNotFoundError(f"no file or folder at {str(path)!r}; check the path")
 
 
-def load_documents(
-    paths: Iterable[str | Path], *, skipped: Callable[[Path, str], None] = lambda path, why: None
-) -> list[Document]:
+def load_documents(paths: Iterable[str | Path], *, skipped: Skipped = lambda path, why: None) -> list[Document]:
     """Read all of :func:`read_documents` that hold text.
 
     Raises:
@@ -128,31 +178,53 @@ def canonical(value: Any) -> str:
         return f"{type(value).__name__} {value!r}"
 
 
-def _files(folder: Path, skipped: Callable[[Path, str], None]) -> Iterator[Path]:
-    """Yield the files under a folder, without hidden ones and without what focusllm itself has saved there."""
-    for place, folders, files in os.walk(folder):
+def _files(folder: Path, skipped: Skipped) -> list[Path]:
+    """Return the files below a folder, sorted, without hidden entries and saved memories."""
+
+    def unreadable(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise CorpusError(f"{folder} cannot be read ({error.strerror}); check its permissions") from error
+        skipped(Path(error.filename), f"cannot be read ({error.strerror})")
+
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=unreadable):
         here = Path(place)
         if is_store(here):
             skipped(here, "it holds saved memory, not documents; read it with --memory")
             folders.clear()
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (here / name for name in files if not name.startswith(".") and (here / name).is_file())
+        found += [here / name for name in names if not name.startswith(".")]
+    return sorted(file for file in found if file.is_file())
 
 
 def _read(path: Path) -> Document:
-    data = path.read_bytes()
-    if b"\0" in data[:8192]:
-        raise NotTextError(f"{path} holds binary data; convert it to text first (PDF and office files: `markitdown`)")
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise NotTextError(
-            f"{path} is not UTF-8 text (byte {error.start}: 0x{data[error.start]:02x}); convert it to UTF-8 first"
-        ) from error
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     name = printable(str(path))
     facts = {"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return Document(name, text, {"source": name}, facts)
+    return Document(name, _text(data, name), {"source": name}, facts)
+
+
+def _standard_input() -> str:
+    stream = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read() if stream is None else _text(stream.read(), "standard input")
+
+
+def _text(data: bytes, name: str) -> str:
+    """Decode a file's bytes; ``name`` is for messages."""
+    encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8-sig")
+    if encoding == "utf-8-sig" and b"\0" in data[:8192]:
+        raise NotTextError(f"{name} holds binary data; convert it to text first (PDF and office files: `markitdown`)")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        kind = encoding.removesuffix("-sig").upper()
+        raise NotTextError(
+            f"{name} is not {kind} text (byte {error.start}: 0x{data[error.start]:02x}); convert it to UTF-8 first"
+        ) from error
 
 
 def printable(name: str) -> str:

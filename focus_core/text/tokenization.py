@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerBase
 
 from focus_core.errors import BaseModelError
+from focus_core.text.corpus import well_formed
 
 Ints = NDArray[np.int64]
 
@@ -59,6 +60,9 @@ class TextTokenizer:
         tokenizer: the base's, a fast one.
         fast: ``False`` keeps tiktoken out.
 
+    Attributes:
+        byte_tokens: of a byte-fallback vocabulary, the byte that each of its byte tokens stands for; else empty.
+
     Raises:
         BaseModelError: the tokenizer has no fast implementation, so exact offsets cannot be had.
     """
@@ -75,7 +79,9 @@ class TextTokenizer:
         self._plain.encode_special_tokens = True
         self._plain.no_truncation()
         self._plain.no_padding()
-        self._tiktoken = _tiktoken_of(json.loads(backend.to_str())) if fast else None
+        spec = json.loads(backend.to_str())
+        self._tiktoken = _tiktoken_of(spec) if fast else None
+        self.byte_tokens = _byte_tokens(spec)
         if self._tiktoken is not None and any(
             self._tiktoken.encode(probe) != self._plain.encode(probe, add_special_tokens=False).ids for probe in _PROBES
         ):
@@ -93,6 +99,7 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text; special-token strings in it are ordinary characters."""
+        text = well_formed(text)
         if self._tiktoken is not None and self._tiktoken.accepts(text):
             ids = self._tiktoken.encode(text)
             if ids is not None:
@@ -101,6 +108,7 @@ class TextTokenizer:
 
     def encode_with_offsets(self, text: str) -> Encoded:
         """Return ids and exact character offsets of plain text."""
+        text = well_formed(text)
         if self._tiktoken is not None and self._tiktoken.accepts(text):
             fast = self._tiktoken.encode_with_offsets(text)
             if fast is not None:
@@ -148,6 +156,7 @@ class TextTokenizer:
 
     def encode_markup(self, text: str) -> list[int]:
         """Return the ids of text that a chat template wrote: special-token strings in it are special tokens."""
+        text = well_formed(text)
         return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids) if text else []
 
     def decode(self, ids: list[int]) -> str:
@@ -158,6 +167,7 @@ class TextTokenizer:
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
+_LONG_RUNS = tuple(100_000 * space for space in " \n\t\r")  # tiktoken panics, with a backtrace, at about 500,000
 _ABSENT = -1  # stands for single bytes that a vocabulary lacks; such text goes to the model's own tokenizer
 
 
@@ -173,17 +183,19 @@ class _Tiktoken:
             self._lengths[rank] = len(token)
 
     def accepts(self, text: str) -> bool:
-        """Whether the normalizer, if there is one, would leave ``text`` alone."""
+        """Whether the normalizer, if there is one, would leave ``text`` alone, and no run of spaces is too long."""
+        if any(run in text for run in _LONG_RUNS):
+            return False
         return not self._normalized or unicodedata.is_normalized("NFC", text)
 
     def encode(self, text: str) -> list[int] | None:
-        """Return ids, or ``None`` where the text holds a byte that the vocabulary lacks."""
-        ids = self._ids[self._ranks(text)]
-        return None if _ABSENT in ids else ids.tolist()
+        """Return ids, or ``None`` where tiktoken cannot: a byte that the vocabulary lacks, a run that is too long."""
+        ranks = self._ranks(text)
+        return None if ranks is None or _ABSENT in self._ids[ranks] else self._ids[ranks].tolist()
 
     def encode_with_offsets(self, text: str) -> Encoded | None:
         ranks = self._ranks(text)
-        if _ABSENT in self._ids[ranks]:
+        if ranks is None or _ABSENT in self._ids[ranks]:
             return None
         starts = np.zeros(len(ranks), dtype=np.int64)
         np.cumsum(self._lengths[ranks[:-1]], out=starts[1:])
@@ -194,8 +206,13 @@ class _Tiktoken:
             starts = (np.cumsum(first) - 1)[starts]
         return Encoded(self._ids[ranks], starts, clean, len(text))
 
-    def _ranks(self, text: str) -> Ints:
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.int64)
+    def _ranks(self, text: str) -> Ints | None:
+        try:
+            return np.array(self._encoding.encode_ordinary(text), dtype=np.int64)
+        except BaseException as error:  # its regular expressions give up on long runs with a panic, no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            return None
 
 
 def _tiktoken_of(spec: dict[str, Any]) -> _Tiktoken | None:
@@ -223,6 +240,17 @@ def _tiktoken_of(spec: dict[str, Any]) -> _Tiktoken | None:
             ranks[token] = len(ids)
             ids.append(vocabulary[left + right])
     return _Tiktoken(ranks, np.array(ids, dtype=np.int64), pattern, normalizer is not None)
+
+
+def _byte_tokens(spec: dict[str, Any]) -> dict[int, int]:
+    """Return the byte of each token such as ``<0xE2>``, where the decoder takes them for bytes."""
+    if '"ByteFallback"' not in json.dumps(spec.get("decoder")):
+        return {}
+    vocabulary = spec["model"]["vocab"]
+    if isinstance(vocabulary, list):  # unigram: pairs of token and score
+        vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
+    names = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    return {int(vocabulary[name]): byte for name, byte in names.items() if name in vocabulary}
 
 
 def _pattern(pre: dict[str, Any]) -> str | None:

@@ -17,6 +17,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object  # type: ignore[import-untyped]
 
 from focus_core.errors import ConfigError
+from focus_core.hardware import choose_device
 
 T = TypeVar("T")
 
@@ -25,11 +26,11 @@ class Processes:
     """The processes of a run, as ``accelerate launch`` started them; one if it did not.
 
     Args:
-        device: ``cpu`` keeps a run off the GPU; ``cuda`` if there is one, if not given.
+        device: ``cpu`` keeps a run off the GPU; the fastest there is, if not given.
     """
 
     def __init__(self, device: str | torch.device | None = None) -> None:
-        on_cpu = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cpu"
+        on_cpu = choose_device(device).type == "cpu"
         gloo = _shares_gpus() and not on_cpu
         if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
             on_cpu, gloo = False, True  # accelerate has no name for this pair

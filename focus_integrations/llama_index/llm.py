@@ -109,7 +109,7 @@ class FocusLLM(FunctionCallingLLM):
         description="Seconds that a call may take, with reading and with waiting for others' reading.",
     )
     chunk_size: int | None = Field(default=None, description="Most tokens of a chunk.")
-    device: str | None = Field(default=None, description="cpu or cuda; chosen if None.")
+    device: str | None = Field(default=None, description="cpu, cuda or mps; chosen if None.")
     dtype: str | None = Field(default=None, description="float32, bfloat16 or float16; chosen if None.")
     context_window: int | None = Field(
         default=None, description="Tokens to report as capacity; what free memory holds as chunk KV if None."

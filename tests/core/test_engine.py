@@ -25,6 +25,7 @@ from focus_core.generation import _TextStream
 from focus_core.method.attribution import AttentionRecord, leading_chunks, save_heatmap
 from focus_core.method.looking import Looking
 from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.chat import Message
 from focus_core.model.families import FAMILIES, BaseDecoder
 from focus_core.model.hub import (
     AdapterInfo,
@@ -35,7 +36,9 @@ from focus_core.model.hub import (
     load_base,
     save_adapter,
 )
-from tests.conftest import perturb, tiny_model
+from focus_core.session.documents import to_documents
+from focus_core.text.tokenization import TextTokenizer
+from tests.conftest import byte_fallback_tokenizer, perturb, tiny_model
 
 DOCUMENTS = ["the cat sat on the mat. " * 12, "a dog ate the hat? yes! " * 3, "漢字🙂 " * 12]
 
@@ -71,8 +74,6 @@ def test_streams_join_to_the_answer_and_close(make_engine):
 
 def test_stop_strings_end_and_are_cut(tokenizer):
     """Across token borders, in pieces: nothing of a stop string is ever handed out."""
-    from focus_core.text.tokenization import TextTokenizer
-
     own = TextTokenizer(tokenizer)
     for stop, expected in (("the hat", "cat ate "), ("zebra", "cat ate the hat. 🙂 dog"), ("🙂", "cat ate the hat. ")):
         stream = _TextStream(own, (stop,))
@@ -84,6 +85,31 @@ def test_stop_strings_end_and_are_cut(tokenizer):
         out.append(stream.flush())
         assert "".join(out) == expected
         assert all("\ufffd" not in piece for piece in out)
+
+
+@pytest.mark.parametrize(
+    "text", ["€€€ abc", "ありがとう", "naïve 🙂🙂🙂 ok", "hello 龘龘龘龘 there", "ཀཁགངཅ", "a🙂", "abc  def"]
+)
+def test_byte_fallback_streams_end_at_characters(text):
+    """A vocabulary that spells unknown characters in bytes (Mistral, Phi-3): whole characters, the same text."""
+    own = TextTokenizer(byte_fallback_tokenizer())
+    for stop in ((), ("龘龘龘龘t", "🙂!")):
+        stream = _TextStream(own, stop)
+        pieces = [stream.push(token) for token in own.encode(text)]
+        pieces.append(stream.flush())
+        assert "".join(pieces) == text
+        assert all("\ufffd" not in piece for piece in pieces)
+        assert len([piece for piece in pieces if piece]) > 1 or len(text) < 3
+
+
+def test_bytes_that_are_no_character_hold_up_nothing():
+    """A byte token that begins no character is U+FFFD at once, one cut short when the next token or the end comes."""
+    own = TextTokenizer(byte_fallback_tokenizer())
+    byte = {value: token for token, value in own.byte_tokens.items()}
+    a = own.encode("a")[-1]
+    stream = _TextStream(own, ())
+    assert [stream.push(token) for token in (byte[0xFF], a, byte[0xE2], a)] == ["\ufffd", "a", "", "\ufffda"]
+    assert [stream.push(byte[0xE2]), stream.flush()] == ["", "\ufffd"]
 
 
 def test_evidence_points_at_exact_spans(make_engine):
@@ -232,7 +258,7 @@ def test_the_adapter_says_how_much_attention_is_followed(make_engine):
     assert engine.answer("who?", memory, max_tokens=1).usage.kept == 1
     assert engine.answer("who?", memory, max_tokens=1, chunk_top_p=1.0).usage.kept == len(memory)
     assert engine.answer("who?", max_tokens=1).usage.kept == 0
-    with pytest.raises(ConfigError, match=r"chunk_top_p must be between 0\.0 and 1\.0; got 1\.5"):
+    with pytest.raises(ConfigError, match=r"chunk_top_p must be above 0\.0 and at most 1\.0; got 1\.5"):
         engine.answer("who?", memory, chunk_top_p=1.5)
 
 
@@ -302,7 +328,7 @@ def test_bad_input_has_a_clear_message(make_engine, tmp_path):
         engine.answer("who ate the hat? " * 60, memory)
     with pytest.raises(ConfigError, match="unknown setting tempreature"):
         engine.answer("who?", memory, tempreature=1)
-    with pytest.raises(ConfigError, match=r"top_p must be between 0\.0 and 1\.0; got 2"):
+    with pytest.raises(ConfigError, match=r"top_p must be above 0\.0 and at most 1\.0; got 2"):
         engine.answer("who?", memory, top_p=2)
     with pytest.raises(ConfigError, match="the question is empty"):
         engine.answer("", memory, template="raw")
@@ -310,6 +336,51 @@ def test_bad_input_has_a_clear_message(make_engine, tmp_path):
         make_engine("qwen2").answer("who?", memory)
     with pytest.raises(ConfigError, match="Document, a text or a Path; got int"):
         engine.remember([3])
+
+
+@pytest.mark.parametrize("text", ["/nope", "contracts/", "./notes", "~/nope", "C:\\texts\\a", "a/b.txt", "nope.txt"])
+def test_what_looks_like_a_path_must_be_there(text, make_engine):
+    """A string alone that looks like a path and names nothing is an error; in a list it is a text."""
+    engine = make_engine()
+    with pytest.raises(DocumentNotFoundError, match=r"no file or folder at .*; check the path .a text is"):
+        engine.remember(text)
+    with pytest.raises(DocumentNotFoundError, match="no file or folder at"):
+        to_documents(text)
+    assert [document.text for document in engine.remember([text]).documents] == [text]
+    assert [document.text for document in to_documents([text])] == [text]
+
+
+def test_a_string_alone_is_a_path_where_it_names_one(make_engine, tmp_path, monkeypatch):
+    """A folder and a file by name, ``~`` too; prose stays a text, slashes and dots in it too."""
+    engine = make_engine()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("the cat sat")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("notes", "notes/", "notes/a.txt", str(tmp_path / "notes"), "~/notes"):
+        assert [document.text for document in engine.remember(name).documents] == ["the cat sat"]
+        assert [document.text for document in to_documents(name)] == ["the cat sat"]
+    for text in ("the cat and/or the dog sat.", "Who ate the hat?", "hat", "It costs 3.50", "the cat\n/etc/hosts"):
+        assert [document.text for document in engine.remember(text).documents] == [text]
+
+
+def test_empty_questions_and_options_out_of_bounds(make_engine):
+    """Blank questions and turns; top_p of 0, NaN, texts and truth values for numbers: one error with the bound."""
+    engine = make_engine()
+    for ask in (lambda: engine.answer(" \n"), lambda: engine.chat([Message("user", " ")]), lambda: engine.chat([])):
+        with pytest.raises(ConfigError, match="the question is empty; ask something"):
+            ask()
+    assert engine.answer("\n", template="raw", max_tokens=1).tokens
+    for options, message in (
+        ({"top_p": 0.0}, r"top_p must be above 0\.0 and at most 1\.0; got 0\.0"),
+        ({"chunk_top_p": 0.0}, "chunk_top_p must be above"),
+        ({"temperature": float("nan")}, "temperature must be at least 0.0; got nan"),
+        ({"max_tokens": "5"}, "max_tokens must be a whole number at least 1; got '5'"),
+        ({"max_tokens": 2.5}, "max_tokens must be a whole number"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be above 0.0; got 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            engine.answer("who?", **options)
 
 
 def test_settings_check_themselves_and_round_trip():

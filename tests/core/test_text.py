@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from focus_core.errors import BaseModelError, ConfigError
+from focus_core.errors import BaseModelError, ConfigError, CorpusError, NotTextError
 from focus_core.text.chunking import cut, pack
+from focus_core.text.corpus import Document, load_documents
 from focus_core.text.tokenization import TextTokenizer
 
 PIECES = [
@@ -142,6 +147,96 @@ def test_other_tokenizers_take_their_own_path():
 
     with pytest.raises(BaseModelError, match="Slow has no fast implementation"):
         TextTokenizer(Slow())
+
+
+@pytest.mark.parametrize("run", [" " * 1_000_000, "\u00a0" * 700_000])
+def test_a_long_run_of_spaces_is_read(run):
+    """A million spaces, a run that makes tiktoken panic: the ids of the model's own tokenizer."""
+    fast, slow = _both()
+    text = f"the cat{run}sat"
+    assert fast.encode(text) == slow.encode(text)
+    assert fast.encode_with_offsets(text).ids.tolist() == slow.encode(text)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_are_read_alike(tokenizer, end):
+    """Chunks end at paragraphs, then at lines that end a sentence, whether lines end with LF, CRLF or CR."""
+    own = TextTokenizer(tokenizer)
+    paragraph, line = "the cat sat. on the mat" + end + "and the dog" + 2 * end, "the cat sat on. the mat." + end
+    for text, last in ((paragraph * 9, 2 * end), (line * 12, "mat." + end)):
+        chunks = cut("d", text, own.encode_with_offsets(text), 40)
+        assert len(chunks) > 2
+        assert all(text[: chunk.end].endswith(last) for chunk in chunks)
+
+
+def test_a_lone_surrogate_is_replaced_and_offsets_stay(make_engine):
+    """Half an emoji in a text, an id or a question: a warning, U+FFFD, spans that quote the rest as it was."""
+    with pytest.warns(UserWarning, match="the text of document 'a' holds half a surrogate pair"):
+        document = Document("a", "the cat \ud83d sat on the mat and the dog")
+    assert document.text == "the cat \ufffd sat on the mat and the dog"
+    engine = make_engine(chunk_size=8)
+    memory = engine.remember([document])
+    assert "".join(document.text[chunk.start : chunk.end] for chunk in memory.chunks) == document.text
+    assert engine.answer("who \udc00?", memory, max_tokens=2).evidence
+    assert engine.tokenizer.encode("a\ud800b") == engine.tokenizer.encode("a\ufffdb")
+    with pytest.warns(UserWarning, match="the id of document"):
+        assert Document("caf\udce9", "the cat").id == "caf\ufffd"
+
+
+def test_one_entry_that_cannot_be_read_is_left_out(tmp_path, monkeypatch):
+    """Of a folder, an unreadable file and folder are reported; named alone they are an error with the reason."""
+    (tmp_path / "a.txt").write_text("the cat")
+    (tmp_path / "b.txt").write_text("the dog")
+    (tmp_path / "closed").mkdir()
+    read, scan = Path.read_bytes, os.scandir
+
+    def refuse(path):
+        if path.name == "b.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(os, "scandir", closed)
+    left_out = []
+    found = load_documents([tmp_path], skipped=lambda path, why: left_out.append((path.name, why)))
+    assert [document.text for document in found] == ["the cat"]
+    assert sorted(name for name, _ in left_out) == ["b.txt", "closed"]
+    assert all("Permission denied" in why for _, why in left_out)
+    for name in ("b.txt", "closed"):
+        with pytest.raises(CorpusError, match=f"{name} cannot be read .Permission denied.; check its permissions"):
+            load_documents([tmp_path / name])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_texts_that_name_their_encoding_are_read(encoding, tmp_path, monkeypatch):
+    """A byte order mark, as Windows writes it, in a file or on standard input: the text without it."""
+    data = "Straße, 漢字\r\n".encode(encoding)
+    (tmp_path / "a.txt").write_bytes(data)
+    assert load_documents([tmp_path / "a.txt"])[0].text == "Straße, 漢字\r\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+    assert load_documents(["-"])[0].text == "Straße, 漢字\r\n"
+
+
+def test_standard_input_that_is_no_text_is_one_clear_error(monkeypatch):
+    """Latin-1 and binary data on standard input, whatever encoding the terminal has."""
+    for data, message in (("café".encode("latin-1"), "standard input is not UTF-8"), (b"\x7fELF\0", "binary data")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        with pytest.raises(NotTextError, match=message):
+            load_documents(["-"])
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are Unicode there")
+def test_a_file_name_that_is_no_text_gets_an_id_that_is(tmp_path):
+    """b"caf\\xe9.txt": an id that can be printed, saved and hashed."""
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("the cat")
+    found = load_documents([tmp_path])
+    assert [Path(document.id).name for document in found] == ["caf\\xe9.txt"]
+    assert found[0].id.encode("utf-8")
 
 
 def test_documents_cannot_forge_turns(tokenizer):

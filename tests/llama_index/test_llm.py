@@ -276,7 +276,7 @@ async def test_a_time_limit_covers_reading(engine, monkeypatch):
 
 def test_bad_options_have_a_message(llm):
     """Each bound names itself; a required schema that cannot end in time says so."""
-    with pytest.raises(ConfigError, match=r"top_p must be between 0\.0 and 1\.0; got 2"):
+    with pytest.raises(ConfigError, match=r"top_p must be above 0\.0 and at most 1\.0; got 2"):
         llm.complete("the cat", top_p=2)
     with pytest.raises(ConfigError, match="raise max_tokens"):
         llm.chat(HELLO, schema={"type": "object", "properties": {"a": {"const": "x" * 50}}, "required": ["a"]})
