@@ -30,9 +30,8 @@ def choose_device(wanted: str | torch.device | None = None) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"no device is called {wanted!r}; this machine has {', '.join(there)}") from error
     if device.type not in there:
-        reason = (
-            "" if device.type != "cuda" or torch.backends.cuda.is_built() else " (this torch is built without CUDA)"
-        )
+        built: bool = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
+        reason = " (this torch is built without CUDA)" if device.type == "cuda" and not built else ""
         raise ConfigError(f"device {wanted} is not there{reason}; this machine has {', '.join(there)}")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if device.index is not None and device.index >= count:

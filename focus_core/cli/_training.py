@@ -83,6 +83,7 @@ def train(
             report=count,
             stop=ended,
             finish=finish,
+            notice=note.print,
         )
     if processes.is_main:
         _tell(totals, settings, output)

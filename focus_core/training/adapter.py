@@ -5,7 +5,7 @@ It joins base, example stream, loop and the saved adapter's settings; each of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from focus_core.training.export import write_compact
 from focus_core.training.loop import StepReport, train
 from focus_core.training.objectives import Example
 from focus_core.training.processes import Processes
-from focus_core.training.texts import TrainingTexts, hold_out, read_training_texts
+from focus_core.training.texts import TrainingTexts, data_fingerprint, hash_files, hold_out, read_training_texts
 
 
 def train_adapter(
@@ -42,6 +42,7 @@ def train_adapter(
     report: Callable[[StepReport], None] = lambda step: None,
     stop: Callable[[], bool] = lambda: False,
     finish: int | None = None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> Totals:
     """Train candidates for a base and save them; called again with the same settings it resumes.
 
@@ -59,15 +60,17 @@ def train_adapter(
         report: called after every step.
         stop: asked after every step.
         finish: see :func:`~focus_core.training.loop.train`.
+        notice: told about a damaged checkpoint.
 
     Returns:
         What this run and those it resumed did.
 
     Raises:
         CorpusError: no usable data.
-        AdapterError: ``init`` or the checkpoint do not fit.
+        AdapterError: ``init`` does not fit, or the checkpoint in ``output`` is of a run with another base, other data,
+            settings or ``init``; nothing has been written then.
     """
-    processes = processes or Processes(loaded.model.device)
+    processes, data = processes or Processes(loaded.model.device), list(data)
     base = BaseDecoder(loaded.model)
     stream, held_out = _streams(read_training_texts(data), TextTokenizer(loaded.tokenizer), settings)
     focus = _focus(base, settings, chunk_size)  # refuses a chunk size the base cannot serve before any work
@@ -82,7 +85,15 @@ def train_adapter(
             declines = settings.not_there > 0 or (before is not None and bool(before.not_there))
             absent = NOT_THERE if declines else ""
             return AdapterInfo(
-                loaded.name, loaded.fingerprint, focus, trained, template, SYSTEM, heads, not_there=absent
+                loaded.name,
+                loaded.fingerprint,
+                focus,
+                trained,
+                template,
+                SYSTEM,
+                heads,
+                chunk_top_p=before.chunk_top_p if before is not None else 1.0,
+                not_there=absent,
             )
 
         done = train(
@@ -98,6 +109,8 @@ def train_adapter(
             report=report,
             stop=stop,
             finish=finish,
+            origin=_origin(loaded, data, init),
+            notice=notice,
         )
         if processes.is_main:
             if compact:
@@ -106,6 +119,12 @@ def train_adapter(
                 save_adapter(output / "adapter", adapter, info(done))
         processes.accelerator.wait_for_everyone()
     return done
+
+
+def _origin(loaded: LoadedBase, data: Sequence[Path], init: Path | None) -> dict[str, str]:
+    """Return what a checkpoint must not be mixed with: hashes of the base, of the data and of the adapter before."""
+    before = hash_files([init / "adapter.safetensors"]) if init is not None else ""
+    return {"base": loaded.fingerprint, "data": data_fingerprint(data), "init": before}
 
 
 def _streams(

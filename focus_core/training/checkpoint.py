@@ -1,6 +1,7 @@
-"""Write and read what a run needs to go on exactly: weights, optimizer moments, counters and settings.
+"""Write and read what a run needs to go on exactly: weights, optimizer moments, counters, settings and origin.
 
-Files are replaced by rename, so a crash leaves the last good one. Under DeepSpeed each process keeps its part of the
+Files are written whole to disk and replaced by rename, so a crash leaves the last good one; one that is damaged all the
+same is put aside. Under DeepSpeed each process keeps its part of the
 moments in a folder of DeepSpeed's own; the weights and counters lie where they always do. The module decides nothing
 about when.
 """
@@ -9,17 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from focus_core.config import TrainConfig
 from focus_core.errors import AdapterError
-from focus_core.files import write_atomically
+from focus_core.files import replacing, write_atomically
 from focus_core.model.candidate import CandidateAdapter
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -55,54 +58,100 @@ class Totals:
         return self.finish_from + self.finish_steps if self.finish_steps else scheduled
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Args:
+        totals: the counters.
+        tensors: weights and moments by name.
+    """
+
+    totals: Totals
+    tensors: dict[str, Tensor]
+
+    def load(self, adapter: CandidateAdapter, optimizer: torch.optim.Optimizer | None) -> None:
+        """Put weights and moments back."""
+        adapter.load_state_dict({key[7:]: value for key, value in self.tensors.items() if key.startswith("weight/")})
+        if optimizer is not None:
+            moments: dict[int, dict[str, Any]] = {}
+            for key, value in self.tensors.items():
+                if key.startswith("optimizer/"):
+                    _, index, name = key.split("/")
+                    moments.setdefault(int(index), {})[name] = value
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class DamagedError(AdapterError):
+    """A checkpoint cannot be read."""
+
+
 def save_checkpoint(
     output: Path,
     adapter: CandidateAdapter,
     optimizer: torch.optim.Optimizer | None,
     totals: Totals,
     config: TrainConfig,
+    origin: Mapping[str, str],
 ) -> None:
-    """Write ``checkpoint.safetensors``; without an optimizer its moments are kept elsewhere."""
+    """Write ``checkpoint.safetensors``; without an optimizer its moments are kept elsewhere.
+
+    ``origin`` names what the run is made from beside its settings, such as ``base``, each with a hash.
+    """
     tensors = {f"weight/{key}": value.float().contiguous() for key, value in adapter.state_dict().items()}
     for index, moments in (optimizer.state_dict()["state"] if optimizer is not None else {}).items():
         for name, value in moments.items():
             tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value).contiguous()
-    partial = output / f"{CHECKPOINT}.partial"
-    metadata = {"state": json.dumps(dataclasses.asdict(totals)), "config": json.dumps(config.to_dict())}
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(output / CHECKPOINT)
+    metadata = {"state": dataclasses.asdict(totals), "config": config.to_dict(), "origin": dict(origin)}
+    with replacing(output / CHECKPOINT) as partial:
+        save_file(tensors, partial, metadata={name: json.dumps(value) for name, value in metadata.items()})
 
 
-def load_checkpoint(
-    output: Path, adapter: CandidateAdapter, optimizer: torch.optim.Optimizer | None, config: TrainConfig
-) -> Totals:
-    """Put weights and moments back and return the counters; fresh ones where there is no checkpoint.
+def read_checkpoint(output: Path, config: TrainConfig, origin: Mapping[str, str]) -> Checkpoint | None:
+    """Read the checkpoint of a run, ``None`` where there is none; nothing is changed.
 
     Raises:
-        AdapterError: the checkpoint belongs to other settings.
+        DamagedError: it cannot be read.
+        AdapterError: it belongs to other settings or another origin.
     """
     path = output / CHECKPOINT
     if not path.exists():
-        return Totals()
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    made_by = TrainConfig.from_dict(json.loads(metadata["config"]))
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+        totals, settings = Totals(**metadata["state"]), dict(metadata["config"])
+        known = dict(metadata.get("origin", {}))
+        tensors = load_file(path)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{path} is damaged ({error})") from error
     # how gradients are computed may change, so that a run that needed too much memory can go on
-    if dataclasses.replace(made_by, gradient_checkpointing=config.gradient_checkpointing) != config:
+    own = config.to_dict() | {"gradient_checkpointing": settings.get("gradient_checkpointing")}
+    there, here = json.loads(json.dumps(TrainConfig().to_dict() | settings)), json.loads(json.dumps(own))
+    differ = [
+        f"{name}: {there.get(name)} there, {here.get(name)} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
+    differ += [f"another {name}" for name, value in origin.items() if known.get(name, value) != value]
+    if differ:
         raise AdapterError(
-            f"{path} belongs to a run with other settings ({metadata['config']}); resume with the same settings or "
-            "choose another --output"
+            f"{path} belongs to a run with other settings ({'; '.join(differ)}); resume with the same settings, base, "
+            "--data and --init, or choose another --output"
         )
-    tensors = load_file(path)
-    adapter.load_state_dict({key[7:]: value for key, value in tensors.items() if key.startswith("weight/")})
-    if optimizer is not None:
-        moments: dict[int, dict[str, Any]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer/"):
-                _, index, name = key.split("/")
-                moments.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return Totals(**json.loads(metadata["state"]))
+    return Checkpoint(totals, tensors)
+
+
+def set_aside(output: Path) -> Path:
+    """Move a damaged checkpoint, with the log and the best adapter of its run, to a new folder; return that."""
+    number = 1
+    while (place := output / f"damaged-{number}").exists():
+        number += 1
+    place.mkdir()
+    for name in (CHECKPOINT, LOG, "best"):
+        if (output / name).exists():
+            (output / name).replace(place / name)
+    return place
 
 
 def cut_log(output: Path, step: int) -> None:

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,15 @@ from focus_core.config import TrainConfig
 from focus_core.method.parallel import Scoring
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
-from focus_core.training.checkpoint import LOG, Totals, cut_log, load_checkpoint, save_checkpoint
+from focus_core.training.checkpoint import (
+    LOG,
+    DamagedError,
+    Totals,
+    cut_log,
+    read_checkpoint,
+    save_checkpoint,
+    set_aside,
+)
 from focus_core.training.data import ExampleStream
 from focus_core.training.heldout import Loss, example_losses
 from focus_core.training.kept import KeptChunks
@@ -88,6 +96,8 @@ def train(
     checkpoint_seconds: float = 240.0,
     stop: Callable[[], bool] = lambda: False,
     finish: int | None = None,
+    origin: Mapping[str, str] | None = None,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> Totals:
     """Run the schedule from the last checkpoint in ``output`` (or the start) to its end, or until ``stop()``.
 
@@ -106,19 +116,24 @@ def train(
         stop: asked after every step; one process that says yes stops all.
         finish: leave the schedule: so many more steps in which the rate falls linearly to zero from what it is. A run
             that is finishing goes on so when it is resumed.
+        origin: hashes of what else the run is made from (base, data, ...); a checkpoint of another origin is refused.
+        notice: told in the first process about a checkpoint that is damaged: it is kept aside, and the run begins anew.
 
     Returns:
         What all runs together did.
 
     Raises:
         ConfigError: the examples of a step cannot be shared out over the processes.
-        AdapterError: the checkpoint belongs to other settings.
+        AdapterError: the checkpoint belongs to other settings or another origin; nothing has been written.
     """
     processes = processes or Processes(base.device)
-    output.mkdir(parents=True, exist_ok=True)
-    run = _Run(base, adapter, stream, config, output, sink, processes)
+    run = _Run(base, adapter, stream, config, output, sink, processes, origin or {})
     try:
-        run.resume()
+        run.resume(notice)
+    except BaseException:
+        run.release()
+        raise
+    try:
         run.begin_to_finish(finish)
         started, saved = time.monotonic() - run.totals.seconds, time.monotonic()
         while not run.finished and not processes.agree(stop()):
@@ -226,8 +241,10 @@ class _Run:
         output: Path,
         sink: int | None,
         processes: Processes,
+        origin: Mapping[str, str],
     ) -> None:
         self.base, self.adapter, self.stream, self.config = base, adapter, stream, config
+        self.origin = origin
         self.output, self.sink, self.processes = output, sink, processes
         self.totals, self.updating = Totals(), False
         self.passes = processes.passes(config.examples_per_step, config.examples_per_pass)
@@ -309,17 +326,28 @@ class _Run:
             self.module.save_checkpoint(str(self.output / "deepspeed"), tag="last")
         if self.processes.is_main:
             optimizer = None if self.processes.deepspeed else self.adamw
-            save_checkpoint(self.output, self.adapter, optimizer, self.totals, self.config)
+            save_checkpoint(self.output, self.adapter, optimizer, self.totals, self.config, self.origin)
         self.processes.accelerator.wait_for_everyone()
 
-    def resume(self) -> None:
-        """Go on from the checkpoint, if there is one."""
-        self.totals = load_checkpoint(
-            self.output, self.adapter, None if self.processes.deepspeed else self.adamw, self.config
-        )
+    def resume(self, notice: Callable[[str], None]) -> None:
+        """Go on from the checkpoint, if there is a sound one, and make the folder."""
+        saved, damage = None, ""
+        try:
+            saved = read_checkpoint(self.output, self.config, self.origin)
+        except DamagedError as error:
+            damage = str(error)
+        main, optimizer = self.processes.is_main, None if self.processes.deepspeed else self.adamw
+        if self.processes.agree(bool(damage)):
+            saved = None
+            if main:
+                notice(f"{damage}; it is kept in {set_aside(self.output)}, and the run begins anew")
+        if saved is not None:
+            saved.load(self.adapter, optimizer)
+            self.totals = saved.totals
         if self.processes.deepspeed and self.totals.step:
             self.module.load_checkpoint(str(self.output / "deepspeed"), tag="last")
-        if self.processes.is_main:
+        self.output.mkdir(parents=True, exist_ok=True)
+        if main:
             cut_log(self.output, self.totals.step)
 
     def begin_to_finish(self, steps: int | None) -> None:

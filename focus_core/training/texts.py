@@ -10,6 +10,7 @@ silently, an empty result is an error.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
 import re
@@ -81,6 +82,20 @@ class TrainingTexts:
             if len(text) >= LONG_TEXT:
                 groups[number].append(text)
         return ["\n\n".join(group) for group in groups.values()]
+
+
+def data_fingerprint(paths: Iterable[Path]) -> str:
+    """Return a hash of the bytes that :func:`read_training_texts` would read, in its order; names do not count."""
+    return hash_files(file for path in paths for file in _files(path))
+
+
+def hash_files(files: Iterable[Path]) -> str:
+    """Return a hash of what files hold, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def read_training_texts(paths: Iterable[Path]) -> TrainingTexts:

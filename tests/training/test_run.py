@@ -239,6 +239,74 @@ def test_a_base_that_cannot_see_a_training_row_is_refused(tokenizer, book, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def _files_of(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_run_that_is_another_one_is_refused_before_anything_is_written(tokenizer, book, tmp_path):
+    """Another rate, base of equal shape, data or --init in the same folder: refused; every file stays as it was."""
+    output = tmp_path / "run"
+    _, losses = _train(tokenizer, book, tmp_path / "whole", steps=4)
+    _train(tokenizer, book, output, steps=4, stop_after=2)
+    before = _files_of(output)
+
+    def again(*, seed=0, text=None, init=None, **changes):
+        data = book
+        if text is not None:
+            data = tmp_path / "other.txt"
+            data.write_text(text)
+        model = tiny_model("llama", seed=seed)
+        config = TrainConfig.from_dict(SETTINGS | {"steps": 4} | changes)
+        train_adapter(
+            LoadedBase(model, tokenizer, "tiny", fingerprint(model)), [data], output, config, chunk_size=64, init=init
+        )
+
+    for changes, message in (
+        ({"learning_rate": 1e-3}, "learning_rate: 0.01 there, 0.001 here"),
+        ({"seed": 1}, "another base"),
+        ({"text": "a dog ran in the park all day. " * 300}, "another data"),
+        ({"init": output / "adapter"}, "another init"),
+    ):
+        with pytest.raises(AdapterError, match=f"other settings .*{message}.*choose another --output"):
+            again(**changes)
+        assert _files_of(output) == before
+    with pytest.raises(AdapterError, match="other settings"):
+        again(steps=5)
+    (tmp_path / "moved.txt").write_bytes(book.read_bytes())
+    _, rest = _train(tokenizer, tmp_path / "moved.txt", output, steps=4)  # the same data by another name
+    assert rest == losses[2:]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data[:8] + b"!"]
+)
+def test_a_damaged_checkpoint_is_kept_aside(damage, tokenizer, book, tmp_path):
+    """Cut short, empty, no header: it lies in a folder of its own with its log, and the run begins anew."""
+    output, notices = tmp_path / "run", []
+    loaded, losses = _train(tokenizer, book, output, steps=2)
+    path = output / "checkpoint.safetensors"
+    broken = damage(path.read_bytes())
+    for number in (1, 2):
+        path.write_bytes(broken)
+        config = TrainConfig.from_dict(SETTINGS | {"steps": 2})
+        train_adapter(loaded, [book], output, config, chunk_size=64, notice=notices.append)
+        assert (output / f"damaged-{number}" / "checkpoint.safetensors").read_bytes() == broken
+        assert (output / f"damaged-{number}" / "log.jsonl").read_text().count("\n") == 2
+        assert [row["loss"] for row in _log(output)] == losses
+    assert "is damaged" in notices[0]
+    assert "kept in" in notices[0]
+
+
+def test_what_an_adapter_began_with_stays_its_own(tokenizer, book, tmp_path):
+    """Training on from an adapter keeps the share of attention that it is answered with."""
+    loaded, _ = _train(tokenizer, book, tmp_path / "a", steps=1)
+    first = tmp_path / "a" / "adapter" / "focus_config.json"
+    first.write_text(json.dumps(json.loads(first.read_text()) | {"chunk_top_p": 0.8}))
+    config = TrainConfig.from_dict(SETTINGS | {"steps": 1})
+    train_adapter(loaded, [book], tmp_path / "b", config, chunk_size=64, init=first.parent)
+    assert read_info(tmp_path / "b" / "adapter").chunk_top_p == 0.8
+
+
 # -- the command ------------------------------------------------------------------------------------------------
 
 
