@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from focus_core.cli._shared import (
     Adapter,
@@ -31,6 +32,7 @@ from focus_core.cli._shared import (
     note,
     open_engine,
     open_memory,
+    printable,
     skipped,
     waiting,
 )
@@ -85,9 +87,9 @@ def ask(
             pieces = iter(stream)
             first = next(pieces, "")
         if not as_json:
-            print(first.lstrip(), end="", flush=True)
+            _say(first.lstrip())
             for piece in pieces:
-                print(piece, end="", flush=True)
+                _say(piece)
             print()
         answer = stream.answer
     seconds = time.monotonic() - started
@@ -158,7 +160,7 @@ def chat(
         with engine.chat(turns, held, **options, **reading) as stream:
             try:
                 for piece in stream:
-                    print(piece, end="", flush=True)
+                    _say(piece)
             except KeyboardInterrupt:
                 stream.close()
             print()
@@ -216,19 +218,19 @@ def info(
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
-    Console().print(table)
+    Console(markup=False).print(table)
+
+
+def _say(piece: str) -> None:
+    """Print a piece of an answer; a terminal gets no control characters, a pipe gets what the model wrote."""
+    print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
 
 
 def _print_sources(answer: Any, count: int) -> None:
     if not answer.evidence:
         return
-    columns = (
-        Column("score", width=6),
-        Column("source", overflow="fold", ratio=1),
-        Column("passage", no_wrap=True, overflow="ellipsis", ratio=1),
-    )
-    table = Table(*columns, box=None, header_style="dim", expand=True)
+    note.print("score  source, passage", style="dim")
     for item in answer.evidence[:count]:
+        note.print(f"{item.score:.3f}  {' '.join(item.document_id.splitlines())}:{item.start}-{item.end}")
         passage = " ".join(item.text.split())
-        table.add_row(f"{item.score:.3f}", f"{item.document_id}:{item.start}-{item.end}", passage[:90])
-    note.print(table)
+        note.print(f"       {passage}", style="dim", soft_wrap=False, no_wrap=True, overflow="ellipsis")

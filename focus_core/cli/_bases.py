@@ -29,7 +29,7 @@ def bases() -> None:
             on_this_machine(base) or "-",
             ", ".join(f":{form}" for form in base.quantisations),
         )
-    Console(width=None if note.is_terminal else 160, highlight=False).print(table)
+    Console(width=None if note.is_terminal else 160, highlight=False, markup=False).print(table)
 
 
 @app.command()

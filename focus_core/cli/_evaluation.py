@@ -87,7 +87,7 @@ def bench(
 
     chosen = choose_measures(only.split(",") if only else None)
     engine = open_engine(base, adapter, chunk_size, device)
-    console = Console(width=120, highlight=False)
+    console = Console(width=120, highlight=False, markup=False)
     for line in run_bench(engine, chunks, chunk_size, steps, chosen):
         console.print(f"{line.measure}: {line.first}, {line.second}: {line.ratio:.2f} times", soft_wrap=True)
 
@@ -154,7 +154,7 @@ def _show(output: Path, name: str, header: list[str], rows: list[list[str]], pla
     table = Table(*shown)
     for row in cells:
         table.add_row(*row)
-    Console(width=160).print(table)
+    Console(width=160, markup=False).print(table)
     trained = plans[0].engine.info.trained
     write_markdown(output / f"{name}.md", *filled_columns(header, gathered_cells(output, name)), trained)
     written = [output / f"{name}.md", *draw_folder(output, name)]

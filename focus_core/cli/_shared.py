@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 from focus_core.errors import ConfigError, CorpusError
 
@@ -29,7 +32,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-note = Console(stderr=True, highlight=False)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Replace control characters: a document must not move the cursor or rename the window."""
+    return _CONTROL.sub("\ufffd", text)
+
+
+class _Notes(Console):
+    """What goes to standard error: no markup in it, lines as long as they are, so that file names stay whole."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does, texts without control characters."""
+        super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **options)
+
+
+note = _Notes(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 Paths = Annotated[list[str] | None, typer.Argument(help="Files and folders; - is standard input.")]
 Base = Annotated[
@@ -64,12 +83,8 @@ def open_engine(
     base: str | None, adapter: str | None, chunk_size: int | None, device: str | None, *, other_base: bool = False
 ) -> Any:
     with waiting("loading the model"):
-        from transformers.utils import logging
-
         from focus_core.engine import FocusEngine
 
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         return FocusEngine.from_pretrained(
             base,
             adapter,
@@ -101,7 +116,7 @@ def open_memory(engine: Any, paths: list[str], place: str | None, name: str | No
 
 
 def skipped(path: Path, why: str) -> None:
-    note.print(f"left out {path}: {why}", style="dim", markup=False)
+    note.print(f"left out {path}: {why}", style="dim")
 
 
 def numbers(text: str) -> list[int]:
@@ -115,16 +130,23 @@ def numbers(text: str) -> list[int]:
 
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
-    with note.status(text):
+    if not note.is_terminal:
+        yield
+        return
+    with note.status(Text(text)):
         yield
 
 
 @contextmanager
 def progress(text: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(
-        *columns, TimeRemainingColumn(), TextColumn("{task.fields[extra]}"), console=note, transient=True
-    ) as bar:
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    ]
+    columns += [TimeRemainingColumn(), TextColumn("{task.fields[extra]}", markup=False)]
+    with Progress(*columns, console=note, transient=True, disable=not note.is_terminal) as bar:
         task = bar.add_task(text, total=total, extra="")
 
         def update(done: int, extra: str, total: int | None = None) -> None:
@@ -138,13 +160,14 @@ def progress(text: str, total: int | None = None) -> Iterator[Callable[..., None
 @contextmanager
 def transfer(text: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback of bytes done and in all; the bar comes with its first call."""
-    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
-    with Progress(*columns, TimeRemainingColumn(), console=note, transient=True) as bar:
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+    live = note.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=note, transient=True, disable=not live) as bar:
 
         def update(done: int, total: int) -> None:
             task = bar.task_ids[0] if bar.task_ids else bar.add_task(text, total=total)
             bar.update(task, completed=done, total=total)
-            if not note.is_terminal:
+            if not live:
                 note.print(f"{text}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
 
         yield update

@@ -233,7 +233,7 @@ def _tell(totals: Any, settings: TrainConfig, output: Path) -> None:
     try:
         note.print(f"losses in {plot_loss(output)}")
     except FocusError as error:  # no matplotlib, or stopped before the first step
-        note.print(f"no plot: {error}", style="dim", markup=False)
+        note.print(f"no plot: {error}", style="dim")
     last = totals.last_step(settings.steps)
     if totals.step < last:
         note.print(

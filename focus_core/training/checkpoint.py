@@ -9,8 +9,12 @@ about when.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +107,19 @@ def save_checkpoint(
         for name, value in moments.items():
             tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value).contiguous()
     metadata = {"state": dataclasses.asdict(totals), "config": config.to_dict(), "origin": dict(origin)}
-    with replacing(output / CHECKPOINT) as partial:
+    with replacing(output / CHECKPOINT) as partial, _system_errors(partial):
         save_file(tensors, partial, metadata={name: json.dumps(value) for name, value in metadata.items()})
+
+
+@contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """Turn what safetensors says of a failed write, such as a full disk, into the system's own error."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"code: (\d+)", str(error))
+        number = int(found.group(1)) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def read_checkpoint(output: Path, config: TrainConfig, origin: Mapping[str, str]) -> Checkpoint | None:
