@@ -20,7 +20,7 @@ KVFormat = Literal["base", "int8", "int4"]
 RereadWay = Literal["run", "moved"]
 
 
-def _bounded(name: str, value: float, low: float, high: float | None = None, *, above: bool = False) -> None:
+def _bounded(name: str, value: Any, low: float, high: float | None = None, *, above: bool = False) -> None:
     """Check ``low <= value <= high``, or ``low < value`` with ``above``; what is no number fails too."""
     whole = isinstance(low, int)
     kind = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
