@@ -27,7 +27,7 @@ from llama_index.core.storage.storage_context import StorageContext
 from llama_index_instrumentation import get_dispatcher
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from focus_core.errors import StoreError
+from focus_core.errors import ConfigError, StoreError
 from focus_core.files import is_store, write_atomically
 from focus_core.store.database import Store
 from focus_core.store.memory import Memory, Progress
@@ -127,6 +127,18 @@ class FocusMemoryIndex(BaseIndex[IndexList]):
             callback_manager=callback_manager,
             transformations=transformations or [FocusNodeParser.from_defaults(llm=values["llm"])],
             **values,
+        )
+
+    def __copy__(self) -> Self:
+        """Return another index over the same nodes and memory."""
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be pickled or copied deeply, alone or inside an engine: chunk KV is no part of a pickle."""
+        raise ConfigError(
+            "an index is not pickled or copied deeply; persist it to a folder, and load it where it is needed"
         )
 
     # -- reading ------------------------------------------------------------------------------------------------

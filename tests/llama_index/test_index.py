@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
+import pickle
 import shutil
 import subprocess
 import sys
@@ -248,23 +250,23 @@ def test_what_is_not_an_index_is_refused(index, llm, make_engine, tmp_path):
     with pytest.raises(StoreError, match=r"made by another model or settings .* index the documents again"):
         FocusMemoryIndex.load(folder, other)
 
-    def copy(name: str) -> Path:
+    def copied(name: str) -> Path:
         return Path(shutil.copytree(folder, tmp_path / name))
 
-    half = copy("half")
+    half = copied("half")
     (half / "focus_index.json").unlink()
     with pytest.raises(StoreError, match="was not written to its end"):
         FocusMemoryIndex.load(half, llm)
-    mixed = copy("mixed")
+    mixed = copied("mixed")
     index.insert(pages("zebra")[0])
     index.storage_context.persist(mixed)  # a crash after the nodes, before memory and manifest
     with pytest.raises(StoreError, match=r"docstore\.json is missing or not the one that was persisted"):
         FocusMemoryIndex.load(mixed, llm)
-    without = copy("without")
+    without = copied("without")
     shutil.rmtree(without / "focus_memory")
     with pytest.raises(StoreError, match="no saved memory in"):
         FocusMemoryIndex.load(without, llm)
-    damaged = copy("damaged")
+    damaged = copied("damaged")
     chunk = next((damaged / "focus_memory" / "kv").rglob("*.safetensors"))
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
     with pytest.raises(StoreError, match="checksum differs"):
@@ -273,7 +275,7 @@ def test_what_is_not_an_index_is_refused(index, llm, make_engine, tmp_path):
         (b"{", "is damaged"),
         (b'{"format": 9, "files": {}, "index_id": "", "metadata_mode": ""}', "has format 9"),
     ):
-        broken = copy(f"broken{len(content)}")
+        broken = copied(f"broken{len(content)}")
         (broken / "focus_index.json").write_bytes(content)
         with pytest.raises(StoreError, match=message):
             FocusMemoryIndex.load(broken, llm)
@@ -594,6 +596,16 @@ print(repr(str(index.as_query_engine().query("who sat?"))))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == repr(expected)
+
+
+def test_indexes_are_persisted_and_not_pickled(index):
+    """One clear error for an index and for what stands on it; a shallow copy is the same index."""
+    engines = (index.as_query_engine(), index.as_retriever(), index.as_chat_engine())
+    for item in (index, *engines):
+        for carry in (pickle.dumps, copy.deepcopy):
+            with pytest.raises(ConfigError, match="persist it to a folder"):
+                carry(item)
+    assert str(copy.copy(index).as_query_engine().query("who?")) == str(index.as_query_engine().query("who?"))
 
 
 def test_a_memory_of_another_engine_is_refused(index, make_engine):
