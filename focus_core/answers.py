@@ -49,6 +49,7 @@ class Answer:
         tokens: generated tokens with their log-probabilities.
         attention: (tokens, k) attention on each chunk's candidate, in memory order.
         attention_by_head: (layers, heads, k) the same summed over tokens, for every head.
+        stopped_by: the stop string that ended it, if one did.
     """
 
     text: str
@@ -59,6 +60,7 @@ class Answer:
     tokens: list[Token]
     attention: Tensor = field(repr=False)
     attention_by_head: Tensor = field(repr=False)
+    stopped_by: str | None = None
 
 
 class AnswerStream:
@@ -138,4 +140,5 @@ class AnswerStream:
             tokens=self._tokens,
             attention=generation.record.steps(),
             attention_by_head=generation.record.by_head(),
+            stopped_by=generation.stopped_by,
         )

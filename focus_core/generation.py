@@ -64,6 +64,8 @@ class Generation:
         cancelled: set it to stop within one layer.
         constraint: what the answer is held to.
         opening: tokens that other requests begin with too, see :meth:`Reading.begin`.
+
+    ``stopped_by`` is the stop string that ended it, if one did.
     """
 
     reading: Reading
@@ -75,6 +77,7 @@ class Generation:
     constraint: Constraint | None = None
     opening: int = 0
     finish_reason: str | None = None
+    stopped_by: str | None = None
     prompt_tokens: int = 0
     generated: list[int] = field(default_factory=list)
     record: AttentionRecord = field(init=False)
@@ -112,6 +115,7 @@ class Generation:
                 elif len(self.generated) >= self.decode.max_tokens:
                     self.finish_reason = "length"
                 if self.finish_reason:
+                    self.stopped_by = text.stopped_by
                     yield Token(token, piece + text.flush(), logprob, top)
                     return
                 yield Token(token, piece, logprob, top)
@@ -208,6 +212,7 @@ class _TextStream:
     def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str]) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.stopped = False
+        self.stopped_by: str | None = None
         self._ids: list[int] = []
         self._sure = 0  # tokens whose text has been read into _held
         self._held = ""
@@ -230,7 +235,7 @@ class _TextStream:
         for stop in self.stop:
             at = self._held.find(stop)
             if at >= 0:
-                self._held, self.stopped = self._held[:at], True
+                self._held, self.stopped, self.stopped_by = self._held[:at], True, stop
         if self.stopped:
             return self.flush()
         keep = self._may_begin_stop()

@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PYTHON = sorted(
-    path
-    for folder in ("focus_core", "focus_integrations", "tests", "examples")
-    for path in (ROOT / folder).rglob("*.py")
-)
+FOLDERS = ("focus_core", "focus_integrations", "tests", "examples", "scripts")
+PYTHON = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import sys
 
-from focus_core.cli import _ask, _bases, _corpus, _evaluation, _training  # noqa: F401  (they register their commands)
+from focus_core.cli import _ask, _bases, _corpus, _evaluation, _serve, _training  # noqa: F401  (they register their commands)
 from focus_core.cli._process import prepare
 from focus_core.cli._shared import app, note
 from focus_core.errors import (

@@ -9,7 +9,7 @@ adapter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ class Evidence:
         start: first character of the passage; the best chunk's for a document.
         end: character after the passage.
         text: the passage, ``document.text[start:end]``.
+        chunk: its chunk's place in memory.
     """
 
     document_id: str
@@ -37,6 +38,7 @@ class Evidence:
     start: int
     end: int
     text: str
+    chunk: int
 
 
 class AttentionRecord:
@@ -92,12 +94,12 @@ def leading_chunks(scores: Tensor, share: float) -> list[int]:
 def chunk_evidence(scores: Tensor, chunks: Sequence[Chunk], documents: dict[str, Document]) -> list[Evidence]:
     """Return one :class:`Evidence` a passage, best first; a packed chunk's score is shared by its spans' length."""
     found = []
-    for score, chunk in zip(scores.tolist(), chunks, strict=True):
+    for place, (score, chunk) in enumerate(zip(scores.tolist(), chunks, strict=True)):
         length = sum(span.end - span.start for span in chunk.spans)
         for span in chunk.spans:
             text = documents[span.document_id].text[span.start : span.end]
             share = score * (span.end - span.start) / max(length, 1)
-            found.append(Evidence(span.document_id, share, span.start, span.end, text))
+            found.append(Evidence(span.document_id, share, span.start, span.end, text, place))
     return sorted(found, key=lambda item: -item.score)
 
 
@@ -109,7 +111,7 @@ def document_evidence(evidence: Sequence[Evidence]) -> list[Evidence]:
         total[item.document_id] = total.get(item.document_id, 0.0) + item.score
         if item.document_id not in best or item.score > best[item.document_id].score:
             best[item.document_id] = item
-    merged = [Evidence(key, total[key], item.start, item.end, item.text) for key, item in best.items()]
+    merged = [replace(item, score=total[key]) for key, item in best.items()]
     return sorted(merged, key=lambda item: -item.score)
 
 

@@ -1,0 +1,1 @@
+"""Check the server over real sockets, with the clients that people use."""
