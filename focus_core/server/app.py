@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import psutil
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -58,6 +59,7 @@ def create_app(engine: FocusEngine, settings: ServerSettings) -> FastAPI:
     background, indexer = Background(), Indexer(memories, metrics)
     metrics.gauge("answers_running", "Answers being made", lambda: admission.running)
     metrics.gauge("answers_waiting", "Answers that wait", lambda: admission.waiting)
+    metrics.gauge("resident_bytes", "Memory of the process", lambda: psutil.Process().memory_info().rss)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
