@@ -224,7 +224,7 @@ async def _events(answering: Answering, caller: Caller, job: Job, key: str, mode
     def event(name: str, **data: Any) -> str:
         return f"{name}\n{json.dumps({'type': name, **data}, ensure_ascii=False)}"
 
-    begun = {"content": [], "stop_reason": None, "stop_sequence": None}
+    begun: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
     usage = {"input_tokens": 0, "output_tokens": 0, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 0}
     try:
         async with aclosing(answering.run(caller, job)) as pieces:  # type: ignore[type-var]
@@ -240,7 +240,7 @@ async def _events(answering: Answering, caller: Caller, job: Job, key: str, mode
                     return
                 delta = piece.delta
                 if delta.index is not None and delta.name is not None:
-                    opened = {"type": "tool_use", "id": delta.id, "name": delta.name, "input": {}}
+                    opened: dict[str, Any] = {"type": "tool_use", "id": delta.id, "name": delta.name, "input": {}}
                     for name, data in blocks.open(opened):
                         yield event(name, **data)
                 if delta.text and blocks.kind != "text":
