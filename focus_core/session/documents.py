@@ -103,6 +103,13 @@ def kept_ids(documents: Iterable[Document], wanted: MemoryFilter) -> list[str]:
     return [document.id for document in documents if document.id in set(wanted)]
 
 
+def keeps(wanted: MemoryFilter, document: Document) -> bool:
+    """Whether a filter keeps a document."""
+    if callable(wanted) or isinstance(wanted, Mapping):
+        return bool(kept_ids([document], wanted))
+    return document.id in wanted
+
+
 def source_dicts(answer: Answer) -> list[dict[str, Any]]:
     """Return an answer's documents as plain dictionaries, best first, with exact spans."""
     return [asdict(item) for item in answer.evidence]

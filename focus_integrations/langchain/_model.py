@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from langchain_core.callbacks import BaseRunManager, CallbackManager
 from langchain_core.globals import get_llm_cache
 from langchain_core.retrievers import BaseRetriever
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SecretStr
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
 from focus_core.answers import Answer, AnswerStream
 from focus_core.config import DecodeConfig
@@ -115,7 +115,7 @@ class FocusCorpus(BaseModel):
     ) -> Held:
         """Return what a call reads: documents of model and call, and the call's memory or else the model's."""
         more = self._brought(kwargs)
-        memory, wanted = self._memory_of(kwargs), kwargs.get("memory_filter", self.memory_filter)
+        memory, wanted = self._memory_of(kwargs), _filter_of(self, kwargs)
         return self.holder.hold(engine, self.documents, memory, [*more, *extra], wanted, check)
 
     def _brought(self, kwargs: Mapping[str, Any]) -> list[Any]:
@@ -158,6 +158,11 @@ class FocusCorpus(BaseModel):
         return super().__getstate__()
 
 
+def _filter_of(corpus: FocusCorpus, kwargs: Mapping[str, Any]) -> Any:
+    given = kwargs.get("memory_filter")
+    return corpus.memory_filter if given is None else given
+
+
 def _children(run: BaseRunManager | None) -> CallbackManager | None:
     """Return the callbacks of a run's children, for blocking calls."""
     if run is None:
@@ -190,7 +195,9 @@ class FocusModel(FocusCorpus):
     """Above 1 discourages tokens that were there before."""
     seed: int | None = None
     """Makes sampling reproducible."""
-    stop: list[str] | None = Field(default=None, validation_alias=AliasChoices("stop", "stop_sequences"))
+    stop: Annotated[list[str] | None, BeforeValidator(lambda given: [given] if isinstance(given, str) else given)] = (
+        Field(default=None, validation_alias=AliasChoices("stop", "stop_sequences"))
+    )
     """Strings that end an answer."""
     logprobs: int = 0
     """Alternatives to report per token; 0 reports no log-probabilities."""
@@ -213,7 +220,20 @@ class FocusModel(FocusCorpus):
     api_key: SecretStr | None = None
     """Taken for compatibility; a local model needs none."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_none(cls, values: Any) -> Any:
+        """Let ``None`` mean the default, as configurations say it."""
+        return (
+            {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
+        )
+
     # -- calls --------------------------------------------------------------------------------------------------
+
+    def _option(self, kwargs: Mapping[str, Any], name: str) -> Any:
+        """Return what a call says of an option, or the model where the call says nothing or ``None``."""
+        given = kwargs.get(name)
+        return getattr(self, name) if given is None else given
 
     def _decode(self, stop: list[str] | None, kwargs: Mapping[str, Any], known: tuple[str, ...] = ()) -> DecodeConfig:
         """Return the sampling options of a call.
@@ -226,9 +246,9 @@ class FocusModel(FocusCorpus):
         if unknown:
             raise ConfigError(f"unknown option {', '.join(unknown)}; a call takes {', '.join(sorted(allowed))}")
         given = dict(kwargs)
-        if "max_completion_tokens" in given:
+        if given.get("max_completion_tokens") is not None:
             given["max_tokens"] = given["max_completion_tokens"]
-        values = {name: given.get(name, getattr(self, name)) for name in _SAMPLING}
+        values = {name: self._option(given, name) for name in _SAMPLING}
         ends = stop if stop is not None else self.stop
         return DecodeConfig(**values, stop=tuple([ends] if isinstance(ends, str) else ends or ()))
 
@@ -261,12 +281,12 @@ class FocusModel(FocusCorpus):
         nothing.
         """
         kwargs = kwargs or {}
-        options = {name: kwargs.get(name, getattr(self, name)) for name in (*_SAMPLING, "template", "citations")}
+        options = {name: self._option(kwargs, name) for name in (*_SAMPLING, "template", "citations")}
         facts = {"name": kwargs.get("model") or self.model, **options, "own_stop": self.stop}
         if not self._cached() or self.retriever is not None:
             return facts
         engine = self._get_engine(kwargs)
-        wanted = kwargs.get("memory_filter", self.memory_filter)
+        wanted = _filter_of(self, kwargs)
         return {
             **facts,
             "model": engine_fingerprint(engine),
@@ -289,10 +309,10 @@ class FocusModel(FocusCorpus):
             "model_name": self._name(engine, kwargs),
             "finish_reason": answer.finish_reason,
             "sources": source_dicts(answer),
-            "citations": citations(answer, stream.documents, kwargs.get("citations", self.citations)),
+            "citations": citations(answer, stream.documents, self._option(kwargs, "citations")),
             "focus": {"chunks": answer.usage.chunks, "memory_tokens": answer.usage.memory, "read_now": held.created},
         }
-        if kwargs.get("logprobs", self.logprobs):
+        if self._option(kwargs, "logprobs"):
             info["logprobs"] = {"content": [_logprob(engine, token) for token in answer.tokens]}
         return info
 

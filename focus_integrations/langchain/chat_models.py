@@ -143,6 +143,8 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool] | None = None,
     ) -> int:
         """Count the tokens of a conversation as the model reads it: template, tools and attached documents."""
+        if not messages:
+            return 0
         engine = self._get_engine()
         said, documents = to_messages(messages)
         offered = to_tools([convert_to_openai_tool(tool) for tool in tools or ()])
@@ -285,7 +287,7 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
 
     def _asked(self, engine: FocusEngine, said: list[Message], kwargs: Mapping[str, Any]) -> list[Message]:
         """Put the last question as the adapter was trained, if that is asked for."""
-        template = kwargs.get("template", self.template)
+        template = self._option(kwargs, "template")
         if template == "raw":
             raise ConfigError("template 'raw' has no turns; use FocusLLM for it")
         if template == "question" and said and said[-1].role == "user":

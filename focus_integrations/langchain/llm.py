@@ -233,7 +233,7 @@ class FocusLLM(FocusModel, BaseLLM):
         head, tail = engine.split_prompt(request.prompt)
         extra = [*self._find(tail, request.run_manager), *([Document("prompt", head)] if head.strip() else [])]
         held = self._hold(engine, extra, kwargs, lambda: check_cancelled(cancelled))
-        template = kwargs.get("template", self.template)
+        template = self._option(kwargs, "template")
         return engine.stream(tail, held.memory, decode=decode, template=template, cancelled=cancelled), held
 
     def _about(self, answer: Answer, stream: AnswerStream, held: Held, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,11 @@ live in modules of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from langchain_core.documents import Document as Page
+from langchain_core.runnables.config import ensure_config
 from langchain_core.stores import BaseStore
 from langchain_core.tools import BaseTool
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,7 +19,25 @@ from pydantic import BaseModel, ConfigDict, Field
 from focus_core.session.long_memory import LongMemory
 from focus_core.text.corpus import Document
 
+THREAD = "thread"
+"""Metadata key of what was said in one conversation: only that conversation sees it."""
 _OWN_ID = "langchain_id"
+
+
+def thread_of_call() -> str:
+    """Return the ``thread_id`` of the graph's run that this is called in, ``""`` where there is none."""
+    thread = ensure_config().get("configurable", {}).get("thread_id")
+    return "" if thread is None else str(thread)
+
+
+def visible_in(thread: str) -> Callable[[Document], bool]:
+    """Return a filter that keeps shared notes and what was said in a thread; without a thread notes alone."""
+
+    def visible(document: Document) -> bool:
+        own = document.metadata.get(THREAD)
+        return own is None or (bool(thread) and own == thread)
+
+    return visible
 
 
 class _RememberInput(BaseModel):
@@ -34,7 +53,10 @@ class _ForgetInput(BaseModel):
 
 
 class _MemoryTool(BaseTool):
-    """A tool over a :class:`LongMemory`; without one it keeps notes in this process only."""
+    """A tool over a :class:`LongMemory`; without one it keeps notes in this process only.
+
+    What :class:`FocusMemoryMiddleware` moved from a conversation is seen in that conversation only.
+    """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -62,7 +84,7 @@ class RecallTool(_MemoryTool):
     k: int = 4
 
     def _run(self, query: str) -> tuple[str, list[dict[str, Any]]]:
-        found = self.memory.recall(query, self.k)
+        found = self.memory.recall(query, self.k, visible_in(thread_of_call()))
         lines = [f"[{item.document.id}] {item.passage.strip()}" for item in found]
         artifact = [{"id": item.document.id, "text": item.document.text, "score": item.score} for item in found]
         return "\n".join(lines) or "nothing was remembered", artifact
@@ -76,7 +98,10 @@ class ForgetTool(_MemoryTool):
     args_schema: type[BaseModel] = _ForgetInput
 
     def _run(self, id: str) -> str:
-        return f"forgot {id}" if self.memory.forget([id]) else f"there is no note {id!r}; recall shows the ids"
+        known = (document for document in self.memory.documents if document.id == id)
+        seen = any(map(visible_in(thread_of_call()), known))
+        gone = seen and self.memory.forget([id])
+        return f"forgot {id}" if gone else f"there is no note {id!r}; recall shows the ids"
 
 
 def memory_tools(memory: LongMemory) -> list[BaseTool]:

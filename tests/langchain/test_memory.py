@@ -172,7 +172,7 @@ def test_an_agent_keeps_everything_and_says_little(asynchronous):
     messages = ask("read file 'a.txt'", "one")
     assert [message.type for message in messages] == ["human", "ai", "tool", "ai"]
     assert messages[2].content == read_file.invoke({"path": "a.txt"})
-    result = next(document for document in memory.documents if document.id.startswith("result-one-"))
+    result = next(document for document in memory.documents if document.id.startswith("result/one/"))
     assert result.text == messages[2].content
     sources = {source["document_id"] for source in messages[-1].response_metadata["sources"]}
     assert sources == {result.id}
@@ -183,7 +183,7 @@ def test_an_agent_keeps_everything_and_says_little(asynchronous):
     assert messages[3].content in everything
     other = ask("read file 'c.txt'", "two")[-1]
     read = {source["document_id"] for source in other.response_metadata["sources"]}
-    assert all(name.startswith("result-two-") for name in read)
+    assert all(name.startswith("result/two/") for name in read)
 
 
 def test_notes_are_read_everywhere_and_documents_besides():

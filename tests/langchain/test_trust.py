@@ -511,3 +511,36 @@ async def test_many_calls_at_once_wait_for_nothing_of_each_other(tmp_path):
 
     found = await asyncio.gather(*(ask(number % 5) for number in range(12)))
     assert found == [[f"own {number % 5}", "shared"] for number in range(12)]
+
+
+# -- trials (docs/trials.md) ------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_none_means_the_default(kind):
+    """Options left None are the default, those of a call the model's; a filter stays in force."""
+    model = kind(engine=ENDLESS, max_tokens=None, temperature=None, top_p=None, stop=None, template=None)
+    assert (model.max_tokens, model.temperature, model.template) == (128, 0.0, "chat")
+    own = kind(engine=ENGINE, documents=_pages(cat=1, dog=2), memory_filter={"year": 1}, max_tokens=3)
+    nothing: Any = dict.fromkeys(
+        ("max_tokens", "temperature", "seed", "template", "citations", "memory_filter", "memory")
+    )
+    assert _sources(own, **nothing) == ["the cat sat"]
+
+
+@BOTH
+def test_one_stop_string(kind):
+    """A stop string need not be in a list, of a model, bound or in a call, whole or streamed."""
+    model = kind(engine=ENDLESS, max_tokens=12)
+    text = getattr(model.invoke("x"), "content", model.invoke("x"))
+    stop = text[3:5]
+    for stopped in (kind(engine=ENDLESS, max_tokens=12, stop=stop), model.bind(stop=stop), model.bind(stop=[stop])):
+        answers = [stopped.invoke("x"), *stopped.batch(["x"])]
+        streamed = "".join(getattr(chunk, "content", chunk) for chunk in stopped.stream("x"))
+        assert [getattr(one, "content", one) for one in answers] == [streamed, streamed]
+        assert stop not in streamed
+
+
+def test_no_messages_have_no_tokens():
+    """An empty conversation counts 0, as trimming asks."""
+    assert ChatFocusLLM(engine=ENGINE).get_num_tokens_from_messages([]) == 0
