@@ -8,6 +8,7 @@ owns its random generator, so equal seeds give equal answers whatever runs besid
 from __future__ import annotations
 
 import codecs
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from focus_core.config import DecodeConfig
-from focus_core.errors import CancelledError
+from focus_core.errors import BaseModelError, CancelledError
 from focus_core.method.attribution import AttentionRecord, leading_chunks
 from focus_core.method.looking import Looking
 from focus_core.method.reading import Reading
@@ -197,13 +198,25 @@ class _Sampler:
         if self.decode.temperature == 0.0:
             token = int(scores.argmax())
         else:
+            _number(logprobs[0])  # drawing from NaN would end a CUDA process
             probabilities = torch.softmax(self.warpers(history, scores), dim=-1)
             token = int(torch.multinomial(probabilities, 1, generator=self.generator))
         top: tuple[tuple[int, float], ...] = ()
         if self.decode.logprobs:
             best = logprobs.topk(min(self.decode.logprobs, logprobs.numel()))
             top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return token, float(logprobs[token]), top
+        return token, _number(logprobs[token]), top
+
+
+def _number(logprob: Tensor) -> float:
+    """Return a log-probability; of logits that are NaN the likeliest token would be the vocabulary's first."""
+    value = float(logprob)
+    if math.isnan(value):
+        raise BaseModelError(
+            "the model gives no numbers (NaN); its weights or adapter are damaged, or too large for this dtype: get "
+            "them again, or use another dtype"
+        )
+    return value
 
 
 class _TextStream:

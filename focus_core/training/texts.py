@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from focus_core.errors import DocumentNotFoundError, EmptyCorpusError
+from focus_core.errors import CorpusError, DocumentNotFoundError, EmptyCorpusError
 
 _SUFFIXES = (".txt", ".jsonl", ".md", ".py", ".rst", ".tex")
 LONG_TEXT = 2000  # characters that a text needs to be cut into memory and local context
@@ -193,14 +193,17 @@ def _files(path: Path) -> Iterator[Path]:
 
 def _read(path: Path) -> str:
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
+    with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
         return str(file.read())
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in _read(path).split("\n"):
+    for number, line in enumerate(_read(path).split("\n"), 1):
         if line.strip():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise CorpusError(f"{path}, line {number}, is no JSON ({error}); give one row a line") from error
             if isinstance(row, dict):
                 yield row
 

@@ -338,6 +338,16 @@ def test_bad_input_has_a_clear_message(make_engine, tmp_path):
         engine.remember([3])
 
 
+def test_a_model_that_gives_no_numbers_is_an_error(make_engine):
+    """Weights that are NaN: one clear error, not an answer of the vocabulary's first token; sampled or greedy."""
+    model = tiny_model("llama")
+    engine = make_engine(model=model)
+    model.get_output_embeddings().weight.data[:] = float("nan")
+    for options in ({}, {"temperature": 1.0, "seed": 1}):
+        with pytest.raises(BaseModelError, match=r"the model gives no numbers .NaN.; its weights or adapter"):
+            engine.answer("who?", max_tokens=4, **options)
+
+
 @pytest.mark.parametrize("text", ["/nope", "contracts/", "./notes", "~/nope", "C:\\texts\\a", "a/b.txt", "nope.txt"])
 def test_what_looks_like_a_path_must_be_there(text, make_engine):
     """A string alone that looks like a path and names nothing is an error; in a list it is a text."""

@@ -12,6 +12,7 @@ import re
 import pytest
 
 from focus_core.config import TrainConfig
+from focus_core.errors import CorpusError
 from focus_core.text.tokenization import TextTokenizer
 from focus_core.training.conversations import invent_conversation
 from focus_core.training.data import NOT_THERE, ExampleStream
@@ -355,3 +356,14 @@ def test_long_local_contexts_with_a_short_prompt(tmp_path, tokenizer):
             (query,) = example.queries
             assert query.split - 1 - query.injected_from <= 512
             assert query.targets * len(example.chunks) <= 512 + len(example.chunks) * 2
+
+
+def test_rows_with_a_byte_order_mark_are_read_and_a_bad_one_is_named(tmp_path):
+    """JSON lines as Windows writes them give their rows; a line that is no JSON is one error with its number."""
+    row = json.dumps({"text": "the cat sat on the mat. " * 200})
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{row}\r\n{row}\r\n".encode())
+    assert len(read_training_texts([path]).texts) == 2
+    path.write_text(f"{row}\n{{oops\n")
+    with pytest.raises(CorpusError, match=r"rows.jsonl, line 2, is no JSON .*; give one row a line"):
+        read_training_texts([path])
