@@ -157,7 +157,7 @@ class DecodeConfig(_Json):
         _bounded("reread_tokens", self.reread_tokens, 1)
         _one_of("reread_way", self.reread_way, RereadWay)
         if self.chunk_top_p is not None:
-            _bounded("chunk_top_p", self.chunk_top_p, 0.0, 1.0, above=True)
+            _bounded("chunk_top_p", self.chunk_top_p, 0.0, 1.0)
         _bounded("temperature", self.temperature, 0.0)
         _bounded("top_p", self.top_p, 0.0, 1.0, above=True)
         _bounded("top_k", self.top_k, 0)

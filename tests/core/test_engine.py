@@ -258,7 +258,7 @@ def test_the_adapter_says_how_much_attention_is_followed(make_engine):
     assert engine.answer("who?", memory, max_tokens=1).usage.kept == 1
     assert engine.answer("who?", memory, max_tokens=1, chunk_top_p=1.0).usage.kept == len(memory)
     assert engine.answer("who?", max_tokens=1).usage.kept == 0
-    with pytest.raises(ConfigError, match=r"chunk_top_p must be above 0\.0 and at most 1\.0; got 1\.5"):
+    with pytest.raises(ConfigError, match=r"chunk_top_p must be between 0\.0 and 1\.0; got 1\.5"):
         engine.answer("who?", memory, chunk_top_p=1.5)
 
 
@@ -383,7 +383,7 @@ def test_empty_questions_and_options_out_of_bounds(make_engine):
     assert engine.answer("\n", template="raw", max_tokens=1).tokens
     for options, message in (
         ({"top_p": 0.0}, r"top_p must be above 0\.0 and at most 1\.0; got 0\.0"),
-        ({"chunk_top_p": 0.0}, "chunk_top_p must be above"),
+        ({"chunk_top_p": -0.1}, "chunk_top_p must be between"),
         ({"temperature": float("nan")}, "temperature must be at least 0.0; got nan"),
         ({"max_tokens": "5"}, "max_tokens must be a whole number at least 1; got '5'"),
         ({"max_tokens": 2.5}, "max_tokens must be a whole number"),

@@ -231,7 +231,7 @@ def test_memory_that_runs_out_in_a_step_is_one_clear_error(asked, monkeypatch):
     def full(*arguments):
         raise RuntimeError("CUDA out of memory")
 
-    for act in (lambda it: it.step(50), lambda it: it.narrow([0]), lambda it: it.reread([0])):
+    for act in (lambda it: it.step(50), lambda it: it.narrow([0]), lambda it: it.read_whole([0])):
         reading = engine.reading(memory.state, max_tokens=4)
         reading.begin(QUESTIONS[0])
         with monkeypatch.context() as patch:
