@@ -113,6 +113,24 @@ def tiny_model(family: str, *, layers: int = 3, window: int = 512, seed: int = 0
         values |= {"sliding_window": 4096, "query_pre_attn_scalar": 8}
     if family == "phi3":
         values.pop("head_dim")
+    if family == "gemma3_text":
+        values |= {"sliding_window": 4096, "query_pre_attn_scalar": 8}
+        values |= {"layer_types": [("sliding_attention", "full_attention")[n % 2] for n in range(layers)]}
+    if family == "smollm3":
+        values |= {"no_rope_layers": [n % 2 for n in range(layers)]}  # 1 rotates
+        values.pop("head_dim")
+    if family == "olmo2":
+        values.pop("head_dim")
+    if family == "granite":
+        values.pop("head_dim")
+        values |= {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4}
+        values |= {"logits_scaling": 2.0}
+    if family == "ministral":
+        values |= {"sliding_window": 4096}
+        values |= {"layer_types": [("sliding_attention", "full_attention")[n % 2] for n in range(layers)]}
+    if family == "ministral3":
+        yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+        values |= {"rope_parameters": {**yarn, "llama_4_scaling_beta": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0}}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**values, **changes}))
     with torch.no_grad():

@@ -62,13 +62,13 @@ class Oracle:
         before = [self._candidate(chunk, local, 0, 0) for chunk in others]
         start, last, fronts = int(bool(others)), self.model.config.num_hidden_layers - 1, []
         for layer in range(last + 1):
-            sink_key = self._moved(first[layer][0][:, :, len(chunks) : len(chunks) + 1], start - 1)
+            sink_key = self._moved(layer, first[layer][0][:, :, len(chunks) : len(chunks) + 1], start - 1)
             keys, values = [sink_key], [first[layer][1][:, :, len(chunks) : len(chunks) + 1]]
             at = start + 1
             for chunk in whole if layer < last else []:
                 cache = DynamicCache()
                 self.model(torch.tensor([[self.sink, *chunk]]), past_key_values=cache, use_cache=True)
-                keys.append(self._moved(cache.layers[layer].keys[:, :, 1:], at - 1))
+                keys.append(self._moved(layer, cache.layers[layer].keys[:, :, 1:], at - 1))
                 values.append(cache.layers[layer].values[:, :, 1:])
                 at += len(chunk)
             fronts.append((torch.cat(keys, 2), torch.cat(values, 2)))
@@ -123,14 +123,16 @@ class Oracle:
                 self.model.get_submodule(name).weight.data = weight
         target = index if self.positions == "ordered" else 0
         return [
-            (self._moved(layer.keys[:, :, -1:], target - len(row)), layer.values[:, :, -1:]) for layer in cache.layers
+            (self._moved(number, layer.keys[:, :, -1:], target - len(row)), layer.values[:, :, -1:])
+            for number, layer in enumerate(cache.layers)
         ]
 
-    def _moved(self, key: Tensor, delta: int) -> Tensor:
-        body = self.model.get_decoder()
-        if not hasattr(body, "rotary_emb"):
+    def _moved(self, layer: int, key: Tensor, delta: int) -> Tensor:
+        body, config = self.model.get_decoder(), self.model.config
+        if not hasattr(body, "rotary_emb") or getattr(config, "no_rope_layers", {layer: 1})[layer] == 0:
             return key
-        angles = body.rotary_emb.inv_freq.double() * delta
+        own = f"{config.layer_types[layer]}_inv_freq" if getattr(config, "layer_types", None) else ""
+        angles = getattr(body.rotary_emb, own if hasattr(body.rotary_emb, own) else "inv_freq").double() * delta
         half = len(angles)
         turned = torch.complex(key[..., :half], key[..., half : 2 * half]) * torch.polar(
             torch.ones_like(angles), angles

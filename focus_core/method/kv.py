@@ -517,6 +517,13 @@ def rotation(inverse_frequencies: Tensor, delta: Tensor) -> tuple[Tensor, Tensor
     return angles.cos(), angles.sin()
 
 
+def rotations(frequencies: Sequence[Tensor], delta: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return :func:`rotation` of every layer; layers that share a table share the result."""
+    device = delta.device
+    made = {id(table): rotation(table.to(device), delta) for table in frequencies}
+    return [made[id(table)] for table in frequencies]
+
+
 def move_keys(keys: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
     """Rotate keys to new positions: RoPE of a sum of positions is the product of the rotations.
 

@@ -31,7 +31,7 @@ from focus_core.method.attention import (
     merge,
     scores_of,
 )
-from focus_core.method.kv import FIRST, ChunkKV, KVShape, move_keys, rotation
+from focus_core.method.kv import FIRST, ChunkKV, KVShape, move_keys, rotations
 from focus_core.method.suffix import GrowingKV, Suffix
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
@@ -142,7 +142,7 @@ class ChunkRows:
     candidates: Tensor
     visible: Tensor
     rows: Sequence[int] | None = None
-    turn: tuple[Tensor, Tensor] | None = None
+    turns: list[tuple[Tensor, Tensor]] | None = None
     keys: Tensor = field(init=False)
     values: Tensor = field(init=False)
     _suffix_bias: Tensor | None = None
@@ -202,7 +202,7 @@ class ChunkRows:
             here = lengths[:, None] + self.visible[None, :]
             there = torch.tensor(list(candidate_positions(self.total, positions)))
             delta = (there[list(self.indices), None] - here).flatten().to(device)
-            self.turn = rotation(base.inverse_frequencies.to(device), delta)
+            self.turns = rotations(base.frequencies, delta.to(device))
 
     def ids(self) -> tuple[Tensor, Tensor]:
         """Return (chunks * m,) ordinary and (chunks * T,) candidate ids."""
@@ -235,7 +235,11 @@ class ChunkRows:
         candidate_key, candidate_value = key[:, :, split:], value[:, :, split:]
         kv_heads = key.shape[1]
         shown_key, shown_value = self._shown(candidate_key), self._shown(candidate_value)
-        moved, dim, chunks = move_keys(shown_key, self.turn), key.shape[3], len(self.indices)
+        moved, dim, chunks = (
+            move_keys(shown_key, self.turns[layer] if self.turns else None),
+            key.shape[3],
+            len(self.indices),
+        )
         self.keys = moved.reshape(kv_heads, chunks, targets, dim).permute(2, 0, 1, 3)  # (T, kv_heads, chunks, head_dim)
         self.values = shown_value.reshape(kv_heads, chunks, targets, dim).permute(2, 0, 1, 3)
         if layer == self.chunks.shape.layers:  # the base's last layer
@@ -508,7 +512,7 @@ class _LayerCall:
         self.sizes[: len(self.groups)] = [0] * len(self.groups)
         self.hidden = self.hidden[:, dropped:]
         if self.rope is not None:
-            self.rope = (self.rope[0][:, dropped:], self.rope[1][:, dropped:])
+            self.rope = self.rope.without(dropped)
 
     def local_hidden(self) -> list[Tensor]:
         """Return the states of each local context, (1, n, hidden)."""

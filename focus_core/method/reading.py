@@ -15,7 +15,7 @@ from torch import Tensor
 from focus_core.config import FocusConfig
 from focus_core.errors import ConfigError, ContextTooLongError, OutOfMemoryError
 from focus_core.hardware import free_bytes, is_out_of_memory
-from focus_core.method.kv import move_keys, rotation
+from focus_core.method.kv import move_keys, rotations
 from focus_core.method.parallel import (
     Check,
     ChunkRows,
@@ -270,7 +270,8 @@ class Reading:
     def _turned(self, kv: Tensor, by: int) -> Tensor:
         """Move the keys of (layers, 2, kv_heads, rows, head_dim) by so many positions."""
         delta = torch.full((kv.shape[3],), by, device=kv.device)
-        keys = move_keys(kv[:, 0], rotation(self.base.inverse_frequencies.to(kv.device), delta))
+        turns = rotations(self.base.frequencies, delta)
+        keys = torch.stack([move_keys(layer, turn) for layer, turn in zip(kv[:, 0], turns, strict=False)])
         return torch.stack([keys, kv[:, 1]], dim=1)
 
     def _opens_alike(self, tokens: int, opening: int) -> bool:

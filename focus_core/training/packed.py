@@ -25,10 +25,10 @@ from focus_core.method.attention import (
     attend_top,
     merge,
 )
-from focus_core.method.kv import ChunkKV, move_keys, rotation
+from focus_core.method.kv import ChunkKV, move_keys, rotations
 from focus_core.method.parallel import Scoring, by_chunk, candidate_positions, local_start, packed_rows
 from focus_core.model.candidate import CandidateAdapter
-from focus_core.model.families import BaseDecoder
+from focus_core.model.families import BaseDecoder, Rope
 
 
 class Row(NamedTuple):
@@ -112,11 +112,11 @@ class PackedExample:
         self.candidate_positions = (ends + visible).flatten()
         self.asked = _Padding(targets, self._device)
         self.suffix_bias = self._suffix_bias()
-        self.turn = None
+        self.turns: list[tuple[Tensor, Tensor]] | None = None
         if base.rotary:
             there = torch.cat([_places(count, row, positions) for row in rows], dim=1)  # (chunks, targets)
             delta = (there - self.candidate_positions.reshape(count, -1)).flatten().to(self._device)
-            self.turn = rotation(base.inverse_frequencies.to(self._device), delta)
+            self.turns = rotations(base.frequencies, delta)
 
         # 3) local rows; each sees one candidate set
         lengths = [len(row.local) for row in rows]
@@ -198,7 +198,7 @@ class PackedExample:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
         """Attend candidates to chunk, ordinary tokens before them and themselves; keep what local rows see of them."""
-        moved = move_keys(key, self.turn)
+        moved = move_keys(key, self.turns[layer] if self.turns else None)
         self.keys, self.values = (
             by_chunk(tensor, self.chunks.size).permute(2, 1, 0, 3) for tensor in (moved, value)
         )  # (sets, kv_heads, chunks, head_dim)
@@ -334,9 +334,7 @@ def run(
     return list(torch.split(hidden[:, :start], lengths, dim=1))
 
 
-def _embedded(
-    base: BaseDecoder, ids: list[Tensor], positions: list[Tensor]
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None, list[int]]:
+def _embedded(base: BaseDecoder, ids: list[Tensor], positions: list[Tensor]) -> tuple[Tensor, Rope | None, list[int]]:
     """Return embedded rows (1, rows, hidden), their rotary tables, and how many rows each block has."""
     packed, places = torch.cat(ids).unsqueeze(0).to(base.device), torch.cat(positions).unsqueeze(0).to(base.device)
     hidden = base.embed(packed, places)

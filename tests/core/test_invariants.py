@@ -15,11 +15,11 @@ from focus_core.errors import (
     OutOfMemoryError,
     UnsupportedModelError,
 )
-from focus_core.method.kv import move_keys, rotation
+from focus_core.method.kv import move_keys, rotations
 from focus_core.method.parallel import encode_chunks
 from focus_core.method.suffix import Suffix
 from focus_core.model.candidate import CandidateAdapter, CandidateLinear
-from focus_core.model.families import FAMILIES, BaseDecoder
+from focus_core.model.families import CANNOT, FAMILIES, BaseDecoder, family_of
 from focus_core.store.memory import Memory
 from focus_core.text.corpus import Document
 from focus_core.training.objectives import Example, Query, Task, dense_logits, encode_example
@@ -239,7 +239,7 @@ def test_3_a_whole_memory_is_the_base_on_its_window(family, make_engine):
         assert reading.candidates == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gemma3_text", "smollm3"])
 def test_3_moved_chunk_kv_equals_layers_run_by_hand(family, make_engine):
     """Chunk KV moved in front of the question == transformers' layers over a cache filled by hand, the last without."""
     model, _, adapter = build(family)
@@ -339,20 +339,22 @@ def test_4_a_moved_key_is_the_key_computed_there(family):
     """First-layer keys at positions 7.. rotated by -7 == first-layer keys computed at positions 0.. themselves."""
     _, base, _ = build(family)
     ids = torch.tensor([[40, 41, 42, 43]])
-    keys = {}
-    for shift in (0, 7):
+    keys = {0: [], 7: []}
+    for shift in keys:
         at = torch.arange(shift, shift + 4)[None]
         hidden = base.embed(ids, at)
 
         def keep(layer, query, key, value, scale, softcap, shift=shift):
-            keys[shift] = key
-            return query.transpose(1, 2)
+            keys[shift].append(key)
+            return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)  # knows no place
 
         with base.own_attention():
-            base.run_layer(0, hidden, base.rope(hidden, at), keep)
-    moved = move_keys(keys[7], rotation(base.inverse_frequencies.double(), torch.full((4,), -7)))
-    torch.testing.assert_close(moved, keys[0], atol=1e-6, rtol=1e-5)
-    assert (keys[7] - keys[0]).abs().max() > 1e-3
+            for layer in range(base.num_layers):
+                hidden = base.run_layer(layer, hidden, base.rope(hidden, at), keep)
+    turns = rotations([table.double() for table in base.frequencies], torch.full((4,), -7))
+    for here, there, turn, table in zip(keys[0], keys[7], turns, base.frequencies, strict=True):
+        torch.testing.assert_close(move_keys(there, turn), here, atol=1e-6, rtol=1e-5)
+        assert bool((there - here).abs().max() > 1e-3) == bool(table.any())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -496,12 +498,28 @@ def test_no_step_copies_chunk_kv(make_engine, monkeypatch):
     assert storages <= set(seen)
 
 
+def test_reasons_are_of_families_that_exist_and_are_not_served():
+    """Every family with a reason is one that transformers knows, and none has a row."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    assert not CANNOT.keys() & FAMILIES.keys()
+    assert [name for name in CANNOT if name not in CONFIG_MAPPING and name != "rwkv"] == []
+
+
 def test_unsupported_features_say_so(make_engine):
     """Unknown family, sliding window shorter than a chunk row, learned positions with shared, length-dependent RoPE."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    with pytest.raises(UnsupportedModelError, match=r"'gpt2' is not supported; supported are gemma2, gpt_neox"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'gpt2' is not supported: its projections .* supported are gemma2"
+    ):
         BaseDecoder(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20)))
+    with pytest.raises(UnsupportedModelError, match=r"'mamba2' .* recurrent state"):
+        family_of("mamba2")
+    with pytest.raises(UnsupportedModelError, match=r"'new' is not supported; .* one row of focus_core/model/families"):
+        family_of("new")
+    with pytest.raises(UnsupportedModelError, match="reads in both directions"):
+        BaseDecoder(tiny_model("gemma3_text", use_bidirectional_attention=True))
     with pytest.raises(UnsupportedModelError, match="attends to 16 tokens only"):
         make_engine("mistral", model=tiny_model("mistral", sliding_window=16))
     with pytest.raises(UnsupportedModelError, match="positions='ordered'"):

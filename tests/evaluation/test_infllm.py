@@ -69,7 +69,7 @@ def test_with_every_block_it_is_attention_with_far_keys_at_one_distance(make_eng
         scores = []
         for place in range(len(ids)):
             distance = last - place if place >= local else window
-            turn = rotation(base.inverse_frequencies.double(), torch.tensor([distance]))
+            turn = rotation(base.frequencies[0].double(), torch.tensor([distance]))
             turned = move_keys(seen["query"][head, last : last + 1], turn)[0]
             scores.append(float(turned @ seen["key"][head // groups, place]) * seen["scale"])
         weights = torch.tensor([math.exp(score) for score in scores], dtype=torch.float64)

@@ -19,7 +19,7 @@ from focus_core.errors import ConfigError, ContextTooLongError
 from focus_core.evaluation.methods.baselines import greedy, predicted, prompt_of, stop_of, whole_text
 from focus_core.evaluation.methods.chunk_cache import ChunkCache
 from focus_core.evaluation.trial import Prediction, Trial
-from focus_core.method.kv import move_keys, rotation
+from focus_core.method.kv import move_keys, rotations
 from focus_core.method.parallel import sink_before
 
 Stretch = Literal["ntk", "yarn"]
@@ -129,9 +129,9 @@ def _drop_oldest(engine: FocusEngine, kept: DynamicCache, sinks: int, most: int)
     dropped = kept.get_seq_length() - most
     if dropped <= 0:
         return
-    turn = rotation(engine.base.inverse_frequencies, torch.tensor([-dropped], device=engine.base.device))
+    turns = rotations(engine.base.frequencies, torch.tensor([-dropped], device=engine.base.device))
     layers: list[Any] = kept.layers
-    for layer in layers:
+    for layer, turn in zip(layers, turns, strict=True):
         late = move_keys(layer.keys[:, :, sinks + dropped :], turn)
         layer.keys = torch.cat([layer.keys[:, :, :sinks], late], dim=2)
         layer.values = torch.cat([layer.values[:, :, :sinks], layer.values[:, :, sinks + dropped :]], dim=2)

@@ -124,11 +124,11 @@ class _Reader:
         self.kv[layer, 0, :, :, self.used : stop], self.kv[layer, 1, :, :, self.used : stop] = key, value
         self._represent(past, layer, query)
         start = self.first + past * self.block if past else 0
-        keys = move_keys(self.kv[layer, 0, :, :, start:stop], self._turn(start, stop))
+        keys = move_keys(self.kv[layer, 0, :, :, start:stop], self._turn(layer, start, stop))
         bias = causal_bias(rows, stop - start, query.device)
         parts = [
             attend(
-                move_keys(query, self._turn(self.used, stop)),
+                move_keys(query, self._turn(layer, self.used, stop)),
                 keys,
                 self.kv[layer, 1, :, :, start:stop],
                 scale,
@@ -138,7 +138,7 @@ class _Reader:
         ]
         if past:
             places = self._look_up(layer, query)
-            far = move_keys(query, self._turn(self.window, self.window + 1))
+            far = move_keys(query, self._turn(layer, self.window, self.window + 1))
             parts.append(
                 attend(far, self.kv[layer, 0][:, :, places], self.kv[layer, 1][:, :, places], scale, softcap=softcap)
             )
@@ -162,9 +162,9 @@ class _Reader:
         places = (self.first + best[:, None] * self.block + within).flatten()
         return torch.cat([torch.arange(self.first, device=best.device), places])
 
-    def _turn(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def _turn(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         device = self.base.device
-        return rotation(self.base.inverse_frequencies.to(device), torch.arange(start, stop, device=device))
+        return rotation(self.base.frequencies[layer].to(device), torch.arange(start, stop, device=device))
 
 
 def _by_kv_head(query: Tensor, kv_heads: int) -> Tensor:
