@@ -207,6 +207,12 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture(autouse=True)
+def own_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees or changes the store of whoever runs it."""
+    monkeypatch.setenv("FOCUSLLM_STORE", str(tmp_path_factory.getbasetemp() / "nobodys-store"))
+
+
 @pytest.fixture
 def run(base_folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
     """Run ``focusllm ARGS``; return (exit code, stdout, stderr)."""

@@ -1,19 +1,27 @@
-"""Commands that keep collections: index."""
+"""Commands that keep collections: index, list, show, remove, verify, prune, export, import."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from focus_core.cli._shared import Adapter, Base, ChunkSize, Device, Paths, app, note, open_engine, progress, skipped
-from focus_core.errors import ConfigError
+from focus_core.errors import ConfigError, StoreError
+from focus_core.files import is_store
 
 if TYPE_CHECKING:
     from focus_core.store.places import Place
 
 Name = Annotated[str | None, typer.Option(help="Of the collection.")]
+Collection = Annotated[str, typer.Argument(help="Name of a collection, or folder of a store.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[
     Path | None, typer.Option("--memory", help="Folder of the store. [default: FOCUSLLM_STORE, or the user's own]")
 ]
@@ -59,6 +67,159 @@ def index(
             style="dim",
             markup=False,
         )
+
+
+@app.command(name="list")
+def list_(memory: Folder = None, as_json: AsJson = False) -> None:
+    """Show the collections of a store."""
+    from focus_core.store.database import Store
+    from focus_core.store.places import own_store
+
+    folder = memory or own_store()
+    found = Store(folder, read_only=True).collections() if is_store(folder) else []
+    if as_json:
+        print(json.dumps([asdict(info) for info in found]))
+        return
+    table = Table("name", "documents", "chunks", "chunk KV", "changed", box=None, header_style="dim")
+    for info in found:
+        changed = datetime.fromtimestamp(info.changed).isoformat(" ", "minutes")
+        table.add_row(info.name, f"{info.documents:,}", f"{info.chunks:,}", decimal(info.nbytes), changed)
+    if found:
+        Console().print(table)
+    else:
+        note.print(f"no collections in {folder}", markup=False)
+
+
+@app.command()
+def show(name: Collection, memory: Folder = None, as_json: AsJson = False) -> None:
+    """Show what a collection was made with, and its documents."""
+    place = _existing(name, memory)
+    store = place.open()
+    info = next(item for item in store.collections() if item.name == place.name)
+    documents = store.listing(place.name)
+    if as_json:
+        rows = [{"id": one.id, "metadata": one.metadata, "source": one.source} for one in documents.values()]
+        print(json.dumps({**asdict(info), "store": str(store.folder), "entries": rows}))
+        return
+    note.print(
+        f"{info.name} in {store.folder}: {info.documents:,} documents, {info.chunks:,} chunks, {decimal(info.nbytes)}"
+        f" of chunk KV, of base {str(info.facts.get('base'))[:12]} in {info.facts.get('dtype')}",
+        markup=False,
+    )
+    for one in documents:
+        print(one)
+
+
+@app.command()
+def remove(
+    name: Collection,
+    documents: Annotated[list[str] | None, typer.Argument(help="Ids; the whole collection if none is given.")] = None,
+    memory: Folder = None,
+) -> None:
+    """Take documents, or all of a collection, out of a store; `focusllm prune` frees the space."""
+    place = _existing(name, memory)
+    store = place.open(read_only=False)
+    if documents:
+        store.remove(place.name, documents)
+    else:
+        store.drop(place.name)
+    note.print(f"{len(documents)} documents removed" if documents else f"{place.name} removed", markup=False)
+
+
+@app.command()
+def verify(
+    name: Annotated[str | None, typer.Argument(help="Of the collection, or a folder. [default: all]")] = None,
+    memory: Folder = None,
+    repair: Annotated[bool, typer.Option(help="Compute damaged and lost chunk KV again.")] = False,
+    base: Base = None,
+    device: Device = None,
+) -> None:
+    """Read every byte of a store and compare it with its checksums."""
+    from focus_core.store.indexing import repair_collection
+    from focus_core.store.places import Place, own_store
+
+    place = _existing(name, memory) if name is not None else Place(memory or own_store())
+    store = place.open(read_only=not repair)
+    names = [info.name for info in store.collections()] if name is None else [place.name]
+    contents = {one: store.read(one) for one in names}
+    if repair:
+        engine = open_engine(base, "untrained", None, device)
+        mended = sum(repair_collection(store, one, engine.encoder) for one in names)
+        note.print(f"{mended} chunks computed again")
+    wanted = {key for one in contents.values() for key, _ in one.chunks}
+    bad = sorted(wanted & set(store.verify()))
+    if bad:
+        raise StoreError(
+            f"{len(bad)} chunks of {store.folder} are damaged or lost ({', '.join(key[:12] for key in bad[:3])}); run "
+            "focusllm verify --repair"
+        )
+    note.print(f"{len(names)} collections, {len(wanted)} chunks: all as they were written")
+
+
+@app.command()
+def prune(
+    memory: Folder = None,
+    older_than: Annotated[
+        float, typer.Option(help="Hours since it was last used; a running `index` may need what is younger.")
+    ] = 24.0,
+) -> None:
+    """Delete chunk KV that no collection refers to any more."""
+    from focus_core.store.database import Store
+    from focus_core.store.places import own_store
+
+    folder = memory or own_store()
+    if not is_store(folder):
+        raise StoreError(f"no store in {folder}")
+    note.print(f"{Store(folder).prune(older_than * 3600)} chunks deleted")
+
+
+@app.command()
+def export(
+    name: Collection,
+    file: Annotated[Path, typer.Argument(help="To write.")],
+    memory: Folder = None,
+) -> None:
+    """Write a collection, chunk KV and all, to one file that another machine can import."""
+    from focus_core.store.portable import export_collection
+
+    place = _existing(name, memory)
+    with progress("writing") as bar:
+        export_collection(place.open(), place.name, file, lambda done, total: bar(done, "", total))
+    note.print(f"{place.name} in {file}", markup=False)
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="Written by `focusllm export`.")],
+    name: Name = None,
+    memory: Folder = None,
+) -> None:
+    """Read a collection from a file into a store; nothing is computed."""
+    from focus_core.store.database import Store
+    from focus_core.store.places import own_store
+    from focus_core.store.portable import import_collection
+
+    store = Store(memory or own_store())
+    with progress("reading") as bar:
+        info = import_collection(store, file, name, lambda done, total: bar(done, "", total))
+    note.print(f"{info.name} in {store.folder}", markup=False)
+
+
+def decimal(size: float) -> str:
+    """Return ``1.2 GB`` for bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _existing(name: str, memory: Path | None) -> Place:
+    from focus_core.store.places import Place, find_place
+
+    place = Place(memory, name) if memory is not None else find_place(name)
+    place.open().collection(place.name)
+    return place
 
 
 def _place(name: str | None, memory: Path | None) -> Place:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+from filelock import FileLock, Timeout
+
 from focus_core.errors import StoreError
 
 FORMAT = 2
@@ -64,6 +66,26 @@ class Catalogue:
                         index.execute(statement)
                     index.execute(f"PRAGMA user_version = {FORMAT}")
             self._check(index)
+
+    def ready(self) -> bool:
+        """Whether there are tables; a file without any is one that is being made, or was emptied."""
+        if not self.path.is_file() or not self.path.stat().st_size:
+            return False
+        with self._connected(f"file:{quote(str(self.path.absolute()))}?mode=ro") as index:
+            return bool(_schema(index)) or index.execute("PRAGMA user_version").fetchone()[0] != 0
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let one process at a time make the catalogue; raises ``StoreError`` where another takes too long."""
+        lock = self.path.parent / ".making.lock"
+        try:
+            with FileLock(lock, timeout=self.timeout):
+                yield
+        except Timeout as error:
+            raise StoreError(
+                f"another process has been making {self.path} for {self.timeout:g} seconds; try again when it is done"
+            ) from error
+        lock.unlink(missing_ok=True)  # who waited for it looks again whether there is anything to do
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

@@ -37,6 +37,7 @@ from focus_core.store.collections import (
     text_sums,
     touch,
 )
+from focus_core.store.filters import select_documents
 from focus_core.store.migration import migrate
 from focus_core.store.segments import SegmentFacts, Segments, Staged, Tensors
 from focus_core.text.corpus import Document
@@ -87,19 +88,25 @@ class Store:
 
     def _open(self) -> None:
         migrate(self.folder, self.catalogue, self.segments)
-        path = self.catalogue.path
-        if not path.is_file() or not path.stat().st_size:
-            if path.exists() or any(self.segments.found()):
-                raise StoreError(
-                    f"{path} is missing or empty, but {self.segments.folder} holds chunk KV; restore it from a copy, "
-                    "or delete the folder and index the documents again"
-                )
-            if self.read_only:
+        if not self.catalogue.ready():
+            if self.read_only and not any(self.segments.found()):
                 raise StoreError(f"no saved memory in {self.folder}; make one with `focusllm index`")
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.catalogue.create()
+            with self.catalogue.alone():
+                self._make()
         with self.catalogue.reading():
             pass
+
+    def _make(self) -> None:
+        if self.catalogue.ready():
+            return
+        if any(self.segments.found()):
+            raise StoreError(
+                f"{self.catalogue.path} is missing or empty, but {self.segments.folder} holds chunk KV; restore it "
+                "from a copy, or delete the folder and index the documents again"
+            )
+        self._refuse_if_read_only()
+        self.catalogue.create()
 
     # -- chunk KV -----------------------------------------------------------------------------------------------
 
@@ -136,7 +143,10 @@ class Store:
         Raises:
             StoreError: the chunk is absent, or its bytes are not those that were written.
         """
-        address = self.address(key)
+        return self.read_segment(self.address(key))
+
+    def read_segment(self, address: str) -> dict[str, Tensor]:
+        """Return the tensors that lie under an address, as :meth:`get` does."""
         with self.catalogue.reading() as index:
             facts = _facts(index, address)
         if facts is None:
@@ -223,6 +233,12 @@ class Store:
         """Return a collection's documents without their texts."""
         with self._rows() as index:
             return document_sums(index, self.tenant, name)
+
+    def select(self, name: str, where: Mapping[str, Any]) -> list[str]:
+        """Return the ids of the documents whose metadata fit, in order; see :func:`~.filters.select_documents`."""
+        with self._rows() as index:
+            number, _ = find_collection(index, self.tenant, name)
+            return [key.decode("utf-8", "surrogatepass") for key in select_documents(index, number, where)]
 
     def text_sums(self, name: str) -> dict[str, bytes]:
         """Return the checksum of each document's text in a collection."""

@@ -18,7 +18,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load
 
@@ -45,18 +44,11 @@ def migrate(folder: Path, catalogue: Catalogue, segments: Segments) -> None:
     """
     if catalogue.path.exists() or not any((folder / name).is_file() for name in _OLD):
         return
-    try:
-        with FileLock(folder / ".migration.lock", timeout=catalogue.timeout):
-            for rest in folder.glob(".migrating-*"):
-                rest.unlink()  # of one that was killed
-            if not catalogue.path.exists():
-                _migrate(folder, catalogue, segments)
-    except Timeout as error:
-        raise StoreError(
-            f"another process has been bringing {folder} to this version for {catalogue.timeout:g} seconds; try again "
-            "when it is done"
-        ) from error
-    (folder / ".migration.lock").unlink(missing_ok=True)
+    with catalogue.alone():
+        for rest in folder.glob(".migrating-*"):
+            rest.unlink()  # of one that was killed
+        if not catalogue.path.exists():
+            _migrate(folder, catalogue, segments)
 
 
 def _migrate(folder: Path, catalogue: Catalogue, segments: Segments) -> None:
