@@ -54,3 +54,14 @@ def test_the_run_of_a_base_works_from_end_to_end():
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "smoke: all well" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"), [("kills", 6), ("damages", 25), ("full", 8), ("writers", 2), ("readers", 1), ("migrations", 3)]
+)
+def test_broken_stores_lose_nothing(kind, count):
+    """The small form of each kind of fault: every trial ends in the right answer or in one error."""
+    script = Path(__file__).parents[1] / "scripts/faults/store.py"
+    ended = subprocess.run([sys.executable, script, kind, str(count), "--seed", "1"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "0 bad" in ended.stdout
