@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -12,6 +12,7 @@ from torch import Tensor
 from focus_core.generation import Generation, Token
 from focus_core.method.attribution import Evidence, chunk_evidence, document_evidence
 from focus_core.method.state import MemoryState
+from focus_core.method.support import supported
 from focus_core.text.corpus import Document
 
 
@@ -47,6 +48,9 @@ class Answer:
         passages: chunks, best first; scores add up to 1.
         usage: token counts.
         tokens: generated tokens with their log-probabilities.
+        supported: calibrated probability that the memory holds an answer, in [0, 1]; ``None`` without a memory and for
+            adapters that it was not calibrated for.
+        support_features: what it is computed from, see :mod:`focus_core.method.support`.
         attention: (tokens, k) attention on each chunk's candidate, in memory order.
         attention_by_head: (layers, heads, k) the same summed over tokens, for every head.
         stopped_by: the stop string that ended it, if one did.
@@ -61,6 +65,8 @@ class Answer:
     attention: Tensor = field(repr=False)
     attention_by_head: Tensor = field(repr=False)
     stopped_by: str | None = None
+    supported: float | None = None
+    support_features: tuple[float, ...] = field(default=(), repr=False)
 
 
 class AnswerStream:
@@ -69,8 +75,10 @@ class AnswerStream:
     Closing it (also by leaving a ``with``) or :meth:`cancel` stops the work within one layer.
     """
 
-    def __init__(self, generation: Generation, local: list[int], state: MemoryState) -> None:
-        self._generation, self._state = generation, state
+    def __init__(
+        self, generation: Generation, local: list[int], state: MemoryState, support: Sequence[float] = ()
+    ) -> None:
+        self._generation, self._state, self._support = generation, state, support
         self._source = generation.tokens(local)
         self._tokens: list[Token] = []
         self._answer: Answer | None = None
@@ -141,4 +149,6 @@ class AnswerStream:
             attention=generation.record.steps(),
             attention_by_head=generation.record.by_head(),
             stopped_by=generation.stopped_by,
+            supported=supported(generation.support_features, self._support),
+            support_features=generation.support_features,
         )

@@ -77,6 +77,8 @@ class FocusEngine:
         self.passes = passes or SharedPasses(self.base, self.adapter)
         self.tokenizer = tokenizer or TextTokenizer(loaded.tokenizer)
         self.sink = sink_of(loaded) if self.config.sink else None
+        declined = self.tokenizer.encode(info.not_there) if info.not_there else []
+        self._declining = declined[0] if declined else None
         self.encoder = ChunkEncoder(self.base, self.tokenizer, self.config, self.sink, loaded.fingerprint)
 
     @classmethod
@@ -303,8 +305,9 @@ class FocusEngine:
             cancelled or threading.Event(),
             constraint.begin(self.tokenizer, self.end_tokens, decode.max_tokens) if constraint is not None else None,
             opening,
+            self._declining,
         )
-        return AnswerStream(generation, local, state)
+        return AnswerStream(generation, local, state, self.info.support)
 
     # -- conversations ------------------------------------------------------------------------------------------
 

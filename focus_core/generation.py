@@ -31,6 +31,7 @@ from focus_core.errors import BaseModelError, CancelledError
 from focus_core.method.attribution import AttentionRecord, leading_chunks
 from focus_core.method.looking import Looking
 from focus_core.method.reading import Reading
+from focus_core.method.support import support_features
 from focus_core.model.constraints import Constraint
 from focus_core.text.tokenization import TextTokenizer
 
@@ -65,6 +66,7 @@ class Generation:
         cancelled: set it to stop within one layer.
         constraint: what the answer is held to.
         opening: tokens that other requests begin with too, see :meth:`Reading.begin`.
+        declining: first token of the sentence that the adapter declines with.
 
     ``stopped_by`` is the stop string that ended it, if one did.
     """
@@ -77,10 +79,12 @@ class Generation:
     cancelled: threading.Event = field(default_factory=threading.Event)
     constraint: Constraint | None = None
     opening: int = 0
+    declining: int | None = None
     finish_reason: str | None = None
     stopped_by: str | None = None
     prompt_tokens: int = 0
     generated: list[int] = field(default_factory=list)
+    support_features: tuple[float, ...] = ()
     record: AttentionRecord = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,6 +107,8 @@ class Generation:
                 kept = leading_chunks(self.record.scores_of(mass), self.decode.chunk_top_p)
                 if len(kept) < self.reading.chunks:
                     logits = self.reading.narrow(kept)
+            if mass:
+                self.support_features = support_features(self.record.scores_of(mass), logits, self.declining)
             while True:
                 token, logprob, top = self._draw(sampler, logits)
                 if mass:

@@ -104,6 +104,7 @@ def ask(
         result = {
             "answer": answer.text,
             "finish_reason": answer.finish_reason,
+            "supported": answer.supported,
             "sources": [asdict(item) for item in answer.evidence[:sources]],
             "passages": [asdict(item) for item in answer.passages[:sources]],
             "usage": asdict(answer.usage),
@@ -116,7 +117,8 @@ def ask(
         f"{answer.usage.chunks} chunks, {answer.usage.memory:,} tokens read"
         + (f", answered from {answer.usage.kept} of them" if answer.usage.kept < answer.usage.chunks else "")
         + (f", {answer.usage.reread:,} tokens of them whole; " if answer.usage.reread else "; ")
-        + f"{answer.usage.generated} tokens in {seconds:.1f} s",
+        + f"{answer.usage.generated} tokens in {seconds:.1f} s"
+        + ("" if answer.supported is None else f"; supported {answer.supported:.2f}"),
         style="dim",
     )
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from focus_core.evaluation.methods.registry import Method
     from focus_core.evaluation.report.tables import Plan
 
-OWN_TABLES = ("perplexity", "heads")
+OWN_TABLES = ("perplexity", "heads", "supported")
+RELEASE_SEED = 1_000_003  # generated trials of a release are none that development has seen
 
 
 @app.command(name="eval")
@@ -32,6 +33,12 @@ def evaluate(
     file: Annotated[str | None, typer.Option(help="Data of the task, plain or gzipped: a path or an address.")] = None,
     filler: Annotated[str | None, typer.Option(help="Natural text to hide things in. [default: repeated]")] = None,
     distractors: Annotated[int, typer.Option(help="Passkey: keys of others beside the wanted one.")] = 0,
+    distractors_from: Annotated[
+        str, typer.Option(help="Questions: other documents from others, nearest, article, or the file's own rows.")
+    ] = "others",
+    release: Annotated[
+        bool, typer.Option("--release", help="Use the test split, once a release. [default: the development split]")
+    ] = False,
     prompt_lengths: Annotated[
         str | None, typer.Option(help="Most tokens behind a chunk, such as 16,512. [default: the adapter's]")
     ] = None,
@@ -58,9 +65,22 @@ def evaluate(
     asked = parse_methods(methods)
     data, text = (local_file(place) if place is not None else None for place in (file, filler))
     engine = open_engine(base, adapter, None, device, other_base=other_base)
-    options = TaskOptions(engine.tokenizer, trials, seed, chunk_size=0, distractors=distractors, file=data, filler=text)
+    options = TaskOptions(
+        engine.tokenizer,
+        trials,
+        seed + RELEASE_SEED if release else seed,
+        chunk_size=0,
+        distractors=distractors,
+        file=data,
+        filler=text,
+        distractors_from=cast(Any, distractors_from),
+        split="test" if release else "development",
+    )
     if task == "heads":
         _choose_heads(engine, options, numbers(documents)[0], output)
+        return
+    if task == "supported":
+        _calibrate(engine, options, numbers(documents)[0], output)
         return
     sizes, prompts, before = (numbers(text) if text else None for text in (chunk_sizes, prompt_lengths, given))
     grid = Grid(numbers(lengths), numbers(documents), sizes, prompts, before)
@@ -159,6 +179,28 @@ def _show(output: Path, name: str, header: list[str], rows: list[list[str]], pla
     write_markdown(output / f"{name}.md", *filled_columns(header, gathered_cells(output, name)), trained)
     written = [output / f"{name}.md", *draw_folder(output, name)]
     note.print(f"{trained_note(trained)}; written: {', '.join(map(str, written))}", style="dim")
+
+
+def _calibrate(engine: Any, options: Any, documents: int, output: Path) -> None:
+    """Fit ``Answer.supported``; the constants of the best measure go into the adapter's ``focus_config.json``."""
+    from dataclasses import replace
+
+    from focus_core.evaluation.tasks.registry import TASKS
+    from focus_core.evaluation.tasks.support import calibrate
+
+    asked = replace(options, documents=documents)
+    with progress("supported", options.trials) as bar:
+        found = calibrate(engine, TASKS["not-there"].make(asked), lambda done: bar(done, ""))
+    result = {
+        "support": list(found.constants[found.best]),
+        "measure": found.best,
+        "AUROC on questions not fitted on": found.auroc,
+        "Brier score there": found.brier,
+        "trials": found.trials,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "supported.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 def _choose_heads(engine: Any, options: Any, documents: int, output: Path) -> None:

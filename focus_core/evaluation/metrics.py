@@ -9,7 +9,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 Wanted = Literal["any", "all"]
@@ -69,7 +69,47 @@ def score(text: str, answers: tuple[str, ...], wanted: Wanted) -> dict[str, floa
     }
 
 
-def wilson(right: int, trials: int) -> tuple[float, float]:
+_DECLINES = (
+    *("not found", "not mentioned", "not stated", "not given", "not specified", "not provided", "not available"),
+    *("not say", "not know", "dont know", "cannot answer", "cant answer", "no answer", "no information", "unknown"),
+    *("not contain", "not mention", "not answered", "cannot be determined", "unanswerable", "not there"),
+)
+
+
+def declines(text: str) -> bool:
+    """Whether an answer says that there is none."""
+    said = normalize(text)
+    return any(phrase in said for phrase in _DECLINES)
+
+
+def auroc(positive: Sequence[float], negative: Sequence[float]) -> float | None:
+    """Return the share of pairs in which the positive one scores higher, ties as halves; ``None`` without pairs."""
+    pairs = [(one > other) + 0.5 * (one == other) for one in positive for other in negative]
+    return sum(pairs) / len(pairs) if pairs else None
+
+
+def clustered(groups: Iterable[tuple[int, int]]) -> tuple[float, float]:
+    """Return the 95% interval of a rate whose trials come in groups that are alike: Wilson's, for fewer trials.
+
+    Trials of a group count for as many as the spread between groups says (the design effect of a ratio estimate); where
+    every group is all right or all wrong alike, each counts once.
+
+    Args:
+        groups: right answers and trials of each.
+    """
+    known = [(right, trials) for right, trials in groups if trials]
+    trials, right = sum(count for _, count in known), sum(good for good, _ in known)
+    if not trials or len(known) == trials:
+        return wilson(right, trials)
+    rate, count = right / trials, len(known)
+    if count < 2 or rate in (0, 1):
+        return wilson(rate * count, count)
+    between = sum((good - rate * size) ** 2 for good, size in known) * count / (count - 1) / trials**2
+    effect = max(1.0, between / (rate * (1 - rate) / trials))
+    return wilson(right / effect, trials / effect)
+
+
+def wilson(right: float, trials: float) -> tuple[float, float]:
     """Return the 95% interval of a rate: 10 right of 10 only proves 0.72."""
     if trials == 0:
         return 0.0, 1.0

@@ -16,7 +16,7 @@ from focus_core.engine import FocusEngine
 from focus_core.errors import ContextTooLongError
 from focus_core.evaluation.methods.chunk_cache import ChunkCache
 from focus_core.evaluation.methods.registry import Method, parse_method
-from focus_core.evaluation.metrics import score, wilson
+from focus_core.evaluation.metrics import auroc, contains_answer, declines, score, wilson
 from focus_core.evaluation.report.records import Record, RecordFile, engine_facts, machine_facts, write_metrics
 from focus_core.evaluation.trial import Prediction, Trial
 
@@ -45,6 +45,8 @@ class Row:
         suite_score: mean of the suite's own score, 0 to 1, where trials have one.
         tokens: memory tokens that were asked for, where the task varies them.
         settings: what made the trials.
+        declined: share of the answers that decline, by label, where that was asked.
+        auroc: of the method's ``supported``, trials that can be answered against those that cannot.
         cut: right answers, exact matches and mean F1 where answers are cut at fewer tokens, by that limit.
     """
 
@@ -65,6 +67,8 @@ class Row:
     tokens: int | None = None
     settings: Record = field(default_factory=dict)
     cut: dict[int, dict[str, float]] = field(default_factory=dict)
+    declined: dict[str, float] = field(default_factory=dict)
+    auroc: float | None = None
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -155,7 +159,21 @@ def summarise(name: str, method: str, records: list[Record]) -> Row:
         seconds=mean("seconds"),
         suite_score=sum(scores) / len(scores) if scores else None,
         cut=_cut_means(answered),
+        declined=_declined(answered),
+        auroc=auroc(*(_supported(answered, absent) for absent in (False, True))),
     )
+
+
+def _declined(records: list[Record]) -> dict[str, float]:
+    asked = [record for record in records if "declined" in record]
+    shares: dict[str, list[bool]] = {}
+    for record in asked:
+        shares.setdefault(record["label"], []).append(record["declined"])
+    return {label: sum(said) / len(said) for label, said in shares.items()}
+
+
+def _supported(records: list[Record], absent: bool) -> list[float]:
+    return [record["supported"] for record in records if record.get("absent") is absent and "supported" in record]
 
 
 def _cut_means(records: list[Record]) -> dict[int, dict[str, float]]:
@@ -218,7 +236,8 @@ class _Asking:
         return {
             **asked,
             "text": prediction.text,
-            **score(prediction.text, trial.answers, trial.wanted),
+            **_scored(trial, prediction.text),
+            **_absence(trial, prediction),
             **({"suite_score": trial.measure(prediction.text, trial.answers)} if trial.measure else {}),
             **({"cut": cut} if cut else {}),
             "tokens": len(prediction.ids),
@@ -229,11 +248,26 @@ class _Asking:
         }
 
 
+def _scored(trial: Trial, text: str) -> Record:
+    scores = score(text, trial.answers, trial.wanted)
+    return {**scores, "right": scores["right"] and not contains_answer(text, trial.wrong)}
+
+
+def _absence(trial: Trial, prediction: Prediction) -> Record:
+    """Return what is recorded where a trial asks whether there is an answer at all."""
+    supported = {} if prediction.supported is None else {"supported": round(prediction.supported, 4)}
+    if trial.absent is None:
+        return supported
+    declined = declines(prediction.text)
+    right = declined if trial.absent else contains_answer(prediction.text, trial.answers) and not declined
+    return {**supported, "absent": trial.absent, "declined": declined, "right": right}
+
+
 def _cut(engine: FocusEngine, trial: Trial, prediction: Prediction, limit: int) -> Record:
     """Score an answer as if it had been cut at ``limit`` tokens; greedy decoding would have made the same ones."""
     whole = len(prediction.ids) <= limit
     text = prediction.text if whole else engine.tokenizer.decode(list(prediction.ids[:limit]))
-    return {"text": text, **score(text, trial.answers, trial.wanted)}
+    return {"text": text, **_scored(trial, text)}
 
 
 def _gold_rank(trial: Trial, prediction: Prediction) -> int | None:

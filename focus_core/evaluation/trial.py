@@ -10,7 +10,11 @@ from dataclasses import dataclass
 
 from focus_core.evaluation.metrics import Wanted
 from focus_core.evaluation.suite_metrics import Measure
+from focus_core.model.chat import Role
 from focus_core.text.corpus import Document
+
+Turn = tuple[Role, str]
+"""Who speaks, and what is said."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,9 @@ class Trial:
         measure: how the suite that a trial is of scores an answer, besides what is counted as right.
         prompt: the words in which the base is asked, see :mod:`~focus_core.evaluation.methods.prompts`; ``None`` for
             those that suit it best.
+        absent: whether no document holds the answer, where that is asked too; an answer is right then if it declines.
+        wrong: strings of which none may be said, such as the other of two that the question names.
+        earlier: turns of a conversation before the question; documents hold the same for methods without turns.
     """
 
     documents: tuple[Document, ...]
@@ -41,6 +48,9 @@ class Trial:
     max_tokens: int | None = None
     measure: Measure | None = None
     prompt: str | None = None
+    absent: bool | None = None
+    wrong: tuple[str, ...] = ()
+    earlier: tuple[Turn, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -61,6 +71,7 @@ class Prediction:
         local: tokens of the local context that the answer was read from.
         ranking: document ids, best first, where the method ranks them.
         ids: token ids of the answer, so that it can be cut at a limit.
+        supported: probability that the documents hold the answer, where the method says.
     """
 
     text: str
@@ -68,3 +79,4 @@ class Prediction:
     local: int = 0
     ranking: tuple[str, ...] | None = None
     ids: tuple[int, ...] = ()
+    supported: float | None = None

@@ -61,6 +61,7 @@ class AdapterInfo:
         not_there: what it says where memory does not hold the answer; empty if it was never trained to.
         reread: chunks that are read whole, where a request does not say.
         rank: of its differences from the base's matrices; ``None`` for whole matrices.
+        support: constants of :func:`~focus_core.method.support.supported`; empty if they were never fitted.
     """
 
     base: str
@@ -74,6 +75,7 @@ class AdapterInfo:
     not_there: str = ""
     reread: int = 0
     rank: int | None = None
+    support: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -90,6 +92,7 @@ class AdapterInfo:
             "not_there": self.not_there,
             "reread": self.reread,
             **({} if self.rank is None else {"rank": self.rank}),
+            "support": list(self.support),
         }
 
 
@@ -210,7 +213,8 @@ def read_info(folder: Path) -> AdapterInfo:
             raise AdapterError(f"{path} is of another adapter format; this version reads {ADAPTER_FORMAT}")
         focus = FocusConfig.from_dict(values.pop("focus"))
         heads = tuple((int(layer), int(head)) for layer, head in values.pop("attribution_heads", []))
-        return AdapterInfo(focus=focus, attribution_heads=heads, **values)
+        support = tuple(map(float, values.pop("support", [])))
+        return AdapterInfo(focus=focus, attribution_heads=heads, support=support, **values)
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise AdapterError(f"{folder} is not an adapter folder ({first_line(error)})") from error
 

@@ -308,6 +308,7 @@ class FocusModel(FocusCorpus):
         info: dict[str, Any] = {
             "model_name": self._name(engine, kwargs),
             "finish_reason": answer.finish_reason,
+            "supported": answer.supported,
             "sources": source_dicts(answer),
             "citations": citations(answer, stream.documents, self._option(kwargs, "citations")),
             "focus": {"chunks": answer.usage.chunks, "memory_tokens": answer.usage.memory, "read_now": held.created},

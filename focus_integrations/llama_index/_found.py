@@ -77,7 +77,11 @@ class Found:
         if self._first is not None:
             timings["first_token"] = self._first - self._started
         self.metadata.update(
-            usage=raw["usage"], finish_reason=raw["finish_reason"], chunks=focus["chunks"], timings=timings
+            usage=raw["usage"],
+            finish_reason=raw["finish_reason"],
+            chunks=focus["chunks"],
+            supported=focus["supported"],
+            timings=timings,
         )
         dispatcher.event(FocusAttributionEvent(query=self.query, sources=sources))
 

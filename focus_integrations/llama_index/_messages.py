@@ -255,6 +255,7 @@ def raw_of(answer: Answer, created: int, max_sources: int | None) -> dict[str, A
         "usage": {**usage_of(answer), "prompt_tokens_details": {"cached_tokens": cached}},
         "finish_reason": answer.finish_reason,
         "focus": {
+            "supported": answer.supported,
             "chunks": answer.usage.chunks,
             "memory_tokens": answer.usage.memory,
             "local_tokens": answer.usage.local,

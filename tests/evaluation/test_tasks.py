@@ -466,7 +466,9 @@ def test_files_are_fetched_once_from_addresses(tmp_path, monkeypatch):
             local_file(bad)
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if TASKS[name].varies == "nothing" or name == "kv"])
+@pytest.mark.parametrize(
+    "name", [name for name in TASKS if (TASKS[name].varies == "nothing" and name != "conversation") or name == "kv"]
+)
 def test_files_of_another_kind_are_refused(options, tmp_path, name):
     """A question file given to another task, a missing file and no file each give one clear error."""
     other = write(tmp_path / "other.jsonl", [QUESTION])

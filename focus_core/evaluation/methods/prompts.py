@@ -76,6 +76,7 @@ _CARD = "Passage: {text}\nQuestion: {question}\nAnswer:"
 OWN = "own"
 BEST = "brief"
 LONG = "plain"
+OR_NOT = "brief-or-not"
 PROMPTS: dict[str, Prompt] = {
     "plain": Prompt("{text}\n\n{question}"),
     "brief": Prompt(_BRIEF),
@@ -90,6 +91,7 @@ PROMPTS: dict[str, Prompt] = {
         "Write a high-quality answer for the given question using only the provided search results.\n\n{text}\n\n"
         "Question: {question}\nAnswer:"
     ),
+    "brief-or-not": Prompt(_BRIEF + ' If the text does not hold the answer, write "Not found."'),
     "shots": Prompt(_BRIEF, shots=3),
     "card": Prompt(_CARD, chat=False, stop="\n"),
     "card-shots": Prompt(_CARD, shots=3, chat=False, stop="\n"),
@@ -103,6 +105,8 @@ def find_prompt(engine: FocusEngine, name: str | None, trial: Trial) -> Prompt:
     Raises:
         ConfigError: there is none of that name.
     """
+    if name is None and trial.absent is not None:
+        name = OR_NOT
     if name is None:
         name = LONG if trial.measure is not None and trial.measure.name == "rouge-l" else BEST
     if name == OWN:

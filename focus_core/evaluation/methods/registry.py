@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, get_args
 
+from focus_core.answers import Answer
 from focus_core.config import DecodeConfig
 from focus_core.engine import FocusEngine, Template
 from focus_core.errors import ConfigError, ContextTooLongError
@@ -24,6 +25,7 @@ from focus_core.evaluation.methods.chunk_cache import ChunkCache
 from focus_core.evaluation.methods.context_extension import LONGER
 from focus_core.evaluation.methods.infllm import BLOCKS
 from focus_core.evaluation.trial import Prediction, Trial
+from focus_core.model.chat import Message
 
 FOCUS = "focusllm"
 
@@ -53,10 +55,19 @@ def focus(
     template = template or ("raw" if trial.raw else "question")
     with cache.memory(engine.encoder, trial.documents) as memory:
         chunks = len(memory)
-        answer = engine.answer(trial.question, memory, template=template, **{"max_tokens": max_tokens, **options})
+        options = {"max_tokens": max_tokens, **options}
+        if trial.earlier:
+            turns = [Message(role, text) for role, text in (*trial.earlier, ("user", trial.question))]
+            answer = engine.chat(turns, **options).answer
+            return _said(answer, answer.usage.chunks, None)
+        answer = engine.answer(trial.question, memory, template=template, **options)
     ranking = tuple(item.document_id for item in answer.evidence)
-    ids = tuple(token.id for token in answer.tokens)
-    return Prediction(answer.text, chunks, answer.usage.local + answer.usage.reread, ranking, ids)
+    return _said(answer, chunks, ranking)
+
+
+def _said(answer: Answer, chunks: int, ranking: tuple[str, ...] | None) -> Prediction:
+    ids, local = tuple(token.id for token in answer.tokens), answer.usage.local + answer.usage.reread
+    return Prediction(answer.text, chunks, local, ranking, ids, answer.supported)
 
 
 def _asked_alone(ask: Callable[..., Asked]) -> Answerer:

@@ -33,18 +33,33 @@ def rank_bm25(question: str, passages: Sequence[str]) -> list[int]:
     Raises:
         ConfigError: bm25s is not installed.
     """
+    return bm25_index(passages)(question)
+
+
+def bm25_index(passages: Sequence[str]) -> Callable[[str], list[int]]:
+    """Return a ranker of these passages, for many questions.
+
+    Raises:
+        ConfigError: bm25s is not installed.
+    """
     try:
         bm25s: Any = importlib.import_module("bm25s")
     except ImportError as error:
         raise ConfigError("BM25 needs bm25s; install it with `pip install bm25s`") from error
-    words = bm25s.tokenize([*passages, question], stopwords="en", return_ids=False, show_progress=False)
-    known = {word for passage in words[:-1] for word in passage}
-    asked = [word for word in words[-1] if word in known]
-    if not asked:
-        return list(range(len(passages)))
-    index = bm25s.BM25()
-    index.index(words[:-1], show_progress=False)
-    return _best_first(torch.as_tensor(index.get_scores(asked)))
+    words = bm25s.tokenize(list(passages), stopwords="en", return_ids=False, show_progress=False)
+    known = {word for passage in words for word in passage}
+    index = bm25s.BM25() if known else None
+    if index is not None:
+        index.index(words, show_progress=False)
+
+    def rank(question: str) -> list[int]:
+        said = bm25s.tokenize([question], stopwords="en", return_ids=False, show_progress=False)[0]
+        asked = [word for word in said if word in known]
+        if index is None or not asked:
+            return list(range(len(passages)))
+        return _best_first(torch.as_tensor(index.get_scores(asked)))
+
+    return rank
 
 
 def rank_minilm(question: str, passages: Sequence[str]) -> list[int]:

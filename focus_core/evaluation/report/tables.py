@@ -20,7 +20,7 @@ from focus_core.evaluation.tasks.registry import TaskOptions, Varies
 
 Cells = list[str]
 HEADER = ["task", "method", "right", "95% interval", "suite's score", "exact", "F1", "recall"]
-HEADER += ["cut at", "right", "exact", "F1", "k", "gold @1 @3 @5", "s/trial"]
+HEADER += ["cut at", "right", "exact", "F1", "declined", "AUROC", "k", "gold @1 @3 @5", "s/trial"]
 PERPLEXITY_HEADER = ["task", "memory / local", "texts below 1", "memory", "local only", "base's window", "k", "s/text"]
 
 
@@ -104,6 +104,8 @@ def row_cells(row: Row) -> Cells:
         f"{row.f1:.2f}",
         f"{row.recall:.2f}",
         *_cut_cells(row),
+        ", ".join(f"{share:.0%} {label}" for label, share in row.declined.items()),
+        "" if row.auroc is None else f"{row.auroc:.2f}",
         f"{row.chunks:.0f}" if row.chunks else "",
         " ".join(f"{share:.0%}" for share in row.gold_within.values()),
         f"{row.seconds:.1f}",
@@ -177,4 +179,6 @@ def _asked(values: Sequence[int] | None) -> Sequence[int | None]:
 
 def _variant(options: TaskOptions) -> Cells:
     natural = ["natural"] if options.filler is not None else []
+    natural += [options.distractors_from] if options.distractors_from != "others" else []
+    natural += ["test"] if options.split == "test" else []
     return natural + ([f"keys{options.distractors + 1}"] if options.distractors else [])

@@ -14,6 +14,7 @@ from typing import Any
 from focus_core.errors import EmptyCorpusError
 from focus_core.evaluation.files import read_rows
 from focus_core.evaluation.suite_metrics import Measure
+from focus_core.evaluation.tasks.splits import Split, of_split
 from focus_core.evaluation.trial import Trial
 from focus_core.text.corpus import Document
 
@@ -64,13 +65,14 @@ def longeval_topics(path: Path) -> Iterator[Trial]:
         yield Trial((Document("record", found[0]),), found[1], (str(row["topics"][0]),), None, False, label)
 
 
-def multihop(path: Path) -> Iterator[Trial]:
-    """Yield HotpotQA or MuSiQue rows, each with all its own paragraphs as documents.
+def multihop(path: Path, split: Split | None = None) -> Iterator[Trial]:
+    """Yield HotpotQA or MuSiQue rows, each with all its own paragraphs as documents; ``split`` chooses questions.
 
     Raises:
         EmptyCorpusError: the file is of another kind.
     """
-    for row in read_rows(path):
+    rows = read_rows(path)
+    for row in rows if split is None else of_split(rows, lambda row: str(row.get("question")), split):
         if "paragraphs" in row:
             texts = [f"{item['title']}\n{item['paragraph_text']}" for item in row["paragraphs"]]
             hops = sum(bool(item["is_supporting"]) for item in row["paragraphs"])

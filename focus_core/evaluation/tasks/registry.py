@@ -9,21 +9,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from focus_core.errors import ConfigError
 from focus_core.evaluation.files import file_facts, read_long_text
+from focus_core.evaluation.tasks.absent import with_and_without
 from focus_core.evaluation.tasks.babilong import babilong
+from focus_core.evaluation.tasks.conversation import conversation
 from focus_core.evaluation.tasks.few_shot import few_shot
+from focus_core.evaluation.tasks.forms import forms
 from focus_core.evaluation.tasks.haystack import Haystack
 from focus_core.evaluation.tasks.infinitebench import code_run, math_find
 from focus_core.evaluation.tasks.key_value import key_values, number, read_key_values
 from focus_core.evaluation.tasks.long_documents import bamboo, leval
-from focus_core.evaluation.tasks.multi_document import multi_document, ruler_questions
+from focus_core.evaluation.tasks.multi_document import Source, multi_document, read_questions, ruler_questions
 from focus_core.evaluation.tasks.passkey import passkey
 from focus_core.evaluation.tasks.published import infinitebench, longbench, longeval_lines, longeval_topics, multihop
 from focus_core.evaluation.tasks.ruler import common_words, frequent_words, needles, variables
+from focus_core.evaluation.tasks.splits import Split
 from focus_core.evaluation.tasks.summarization import qmsum, squality
+from focus_core.evaluation.tasks.two_documents import two_documents
 from focus_core.evaluation.trial import Trial
 from focus_core.text.tokenization import TextTokenizer
 
@@ -46,6 +51,8 @@ class TaskOptions:
         distractors: look-alikes of the wanted needle.
         file: what the task reads.
         filler: natural text to hide things in; ``None`` for the repeated sentences.
+        distractors_from: where a question's other documents come from, see :func:`multi_document`.
+        split: of the questions, for files that have one; generated trials of the test split have seeds of their own.
     """
 
     tokenizer: TextTokenizer
@@ -57,6 +64,13 @@ class TaskOptions:
     distractors: int = 0
     file: Path | None = None
     filler: Path | None = None
+    distractors_from: Source = "others"
+    split: Split = "development"
+
+    def __post_init__(self) -> None:
+        if self.distractors_from not in get_args(Source):
+            known = ", ".join(get_args(Source))
+            raise ConfigError(f"--distractors-from must be one of {known}; got {self.distractors_from!r}")
 
     @property
     def needed_file(self) -> Path:
@@ -114,7 +128,9 @@ class Task:
 
     def varies_for(self, options: TaskOptions) -> Varies:
         """Return which option makes rows, given the others."""
-        return "nothing" if self.sized_by_file and options.file is not None else self.varies
+        by_file = self.sized_by_file and options.file is not None
+        as_they_are = self.varies == "documents" and options.distractors_from == "file"
+        return "nothing" if by_file or as_they_are else self.varies
 
 
 def _passkey(options: TaskOptions) -> Iterator[Trial]:
@@ -130,7 +146,41 @@ def _passkey(options: TaskOptions) -> Iterator[Trial]:
 
 
 def _questions(options: TaskOptions) -> Iterator[Trial]:
-    return multi_document(options.needed_file, options.documents, options.trials, options.seed)
+    return multi_document(
+        options.needed_file,
+        options.documents,
+        options.trials,
+        options.seed,
+        source=options.distractors_from,
+        split=options.split,
+    )
+
+
+def _not_there(options: TaskOptions) -> Iterator[Trial]:
+    """Half of the trials without the gold document; near misses beside it unless another source is asked for."""
+    source: Source = "nearest" if options.distractors_from == "others" else options.distractors_from
+    count = (options.trials + 1) // 2
+    asked = multi_document(
+        options.needed_file, options.documents, count, options.seed, source=source, split=options.split
+    )
+    return islice(with_and_without(asked), options.trials)
+
+
+def _forms(options: TaskOptions) -> Iterator[Trial]:
+    return forms(options.documents, options.trials, options.seed)
+
+
+def _two_documents(options: TaskOptions) -> Iterator[Trial]:
+    others = [] if options.file is None else [row.passage for row in read_questions(options.file)]
+    return two_documents(options.documents, options.trials, options.seed, others=others)
+
+
+def _conversation(options: TaskOptions) -> Iterator[Trial]:
+    return conversation(options.trials, options.seed, filler=options.filler_text())
+
+
+def _multihop(options: TaskOptions) -> Iterator[Trial]:
+    return islice(multihop(options.needed_file, options.split), options.trials)
 
 
 def _ruler_questions(options: TaskOptions) -> Iterator[Trial]:
@@ -177,7 +227,11 @@ TASKS: dict[str, Task] = {
         Task(
             "questions", "a question among others' documents; needs --file", _questions, 128, "documents", limits=(24,)
         ),
-        Task("multihop", "HotpotQA or MuSiQue rows; needs --file", _from_file(multihop), 128, "nothing", limits=(24,)),
+        Task("multihop", "HotpotQA or MuSiQue rows; needs --file", _multihop, 128, "nothing", limits=(24,)),
+        Task("not-there", "a question with and without its document; needs --file", _not_there, 64, "documents"),
+        Task("forms", "a table's row, a JSON field, a header, a long number", _forms, 32, "documents"),
+        Task("two-documents", "comparisons, bridges and lists over two documents", _two_documents, 64, "documents"),
+        Task("conversation", "what was said sixty turns ago", _conversation, 64, "nothing"),
         Task("kv", "a UUID's value among records, generated or from --file", _key_values, 48, "lengths", True),
         Task("number", "ten repeated digits in a long text", _hidden(number), 12, "lengths"),
         Task("math-find", "InfiniteBench: a rank in a list of numbers", _hidden(math_find), 8, "lengths"),
