@@ -11,7 +11,6 @@ import torch
 
 from focus_core.errors import ConfigError, EmptyCorpusError
 from focus_core.evaluation import metrics
-from focus_core.evaluation.methods.retrieval import rank_bm25
 from focus_core.evaluation.report.tables import HEADER, Grid, make_plans, row_cells
 from focus_core.evaluation.runner import run
 from focus_core.evaluation.tasks import splits
@@ -50,11 +49,12 @@ def rows(tmp_path):
 
 def test_near_and_same_article_passages_stand_around(rows):
     """nearest: the passages that share most words; article: the same title first; neither holds the answer."""
-    passages = sorted({trial.documents[0].text for trial in multi_document(rows, 1, 16)})
     for trial in multi_document(rows, 4, 16, source="nearest"):
-        others = {document.text for document in trial.documents if document.id != trial.gold}
-        ranked = [passages[index] for index in rank_bm25(trial.question, passages)]
-        assert others == {text for text in ranked if not metrics.contains_answer(text, trial.answers)} & set(ranked[:4])
+        subject, place = trial.question.split()[4], trial.question.split()[-1]
+        others = [document.text for document in trial.documents if document.id != trial.gold]
+        assert len(set(others)) == 3
+        assert all(subject in text or place in text for text in others), trial.question
+        assert not any(metrics.contains_answer(text, trial.answers) for text in others)
     trials = list(multi_document(rows, 6, 16, source="article"))
     for trial in trials:
         title = next(document.text for document in trial.documents if document.id == trial.gold).split("\n")[0]
