@@ -12,27 +12,32 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from focus_core.cli._shared import Adapter, Base, Device, OtherBase, app, note, numbers, open_engine, progress
+from focus_core.cli._shared import Adapter, Base, Device, OtherBase, app, note, numbers, open_engine, progress, skipped
 from focus_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from focus_core.evaluation.methods.registry import Method
     from focus_core.evaluation.report.tables import Plan
 
-OWN_TABLES = ("perplexity", "heads", "supported")
+OWN_TABLES = ("perplexity", "heads", "supported", "mine")
 RELEASE_SEED = 1_000_003  # generated trials of a release are none that development has seen
 
 
 @app.command(name="eval")
 def evaluate(
     task: Annotated[str, typer.Argument(help="What to measure; an unknown name lists all.")],
+    paths: Annotated[list[str] | None, typer.Argument(help="mine: your files and folders.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for predictions and metrics.")] = Path("build/eval"),
     lengths: Annotated[str, typer.Option(help="Memory tokens, such as 1k,4k,8k.")] = "1k,4k,8k",
     documents: Annotated[str, typer.Option(help="Documents in memory, such as 10,20.")] = "10",
     chunk_sizes: Annotated[str | None, typer.Option(help="Such as 128,512. [default: the adapter's]")] = None,
     file: Annotated[str | None, typer.Option(help="Data of the task, plain or gzipped: a path or an address.")] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="mine: JSON lines of question, answer (or answers) and, if known, document.")
+    ] = None,
     filler: Annotated[str | None, typer.Option(help="Natural text to hide things in. [default: repeated]")] = None,
     distractors: Annotated[int, typer.Option(help="Passkey: keys of others beside the wanted one.")] = 0,
+    needle: Annotated[str, typer.Option(help="Passkey: key, or story for facts in words no training uses.")] = "key",
     distractors_from: Annotated[
         str, typer.Option(help="Questions: other documents from others, nearest, article, or the file's own rows.")
     ] = "others",
@@ -47,7 +52,10 @@ def evaluate(
         typer.Option(help="Perplexity: local tokens before the 256 that are scored, such as 64,1k. [default: 256]"),
     ] = None,
     trials: Annotated[int, typer.Option(help="Trials of each row; texts, for perplexity.")] = 20,
-    methods: Annotated[str, typer.Option(help="Such as focusllm,focusllm:reread=2,truncated,bm25.")] = "focusllm",
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Such as focusllm,focusllm:reread=2,truncated,bm25. [default: focusllm; mine: rivals too]"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
     base: Base = None,
     adapter: Adapter = None,
@@ -62,7 +70,13 @@ def evaluate(
 
     if task not in TASKS and task not in OWN_TABLES:
         raise ConfigError(f"unknown task {task!r}; choose {', '.join([*TASKS, *OWN_TABLES])}")
-    asked = parse_methods(methods)
+    if paths and task != "mine":
+        raise ConfigError(f"{task} takes no files and folders, but got {paths[0]!r}; data are given with --file")
+    if task == "mine":
+        begin = partial(open_engine, base, adapter, None, device, other_base=other_base)
+        _run_mine(begin, questions, paths or [], methods, output)
+        return
+    asked = parse_methods(methods or "focusllm")
     data, text = (local_file(place) if place is not None else None for place in (file, filler))
     engine = open_engine(base, adapter, None, device, other_base=other_base)
     options = TaskOptions(
@@ -75,6 +89,7 @@ def evaluate(
         filler=text,
         distractors_from=cast(Any, distractors_from),
         split="test" if release else "development",
+        needle=cast(Any, needle),
     )
     if task == "heads":
         _choose_heads(engine, options, numbers(documents)[0], output)
@@ -179,6 +194,44 @@ def _show(output: Path, name: str, header: list[str], rows: list[list[str]], pla
     write_markdown(output / f"{name}.md", *filled_columns(header, gathered_cells(output, name)), trained)
     written = [output / f"{name}.md", *draw_folder(output, name)]
     note.print(f"{trained_note(trained)}; written: {', '.join(map(str, written))}", style="dim")
+
+
+def _run_mine(
+    begin: Callable[[], Any], questions: Path | None, paths: list[str], methods: str | None, output: Path
+) -> None:
+    """Ask a user's questions with FocusLLM and with retrieve-then-read on the same base, and give advice."""
+    from focus_core.evaluation.methods.chunk_cache import ChunkCache
+    from focus_core.evaluation.methods.registry import parse_methods
+    from focus_core.evaluation.methods.retrieval import rankers_here
+    from focus_core.evaluation.report.tables import HEADER, filled_columns, row_cells, write_markdown
+    from focus_core.evaluation.runner import run
+    from focus_core.evaluation.tasks.own_questions import advice, own_questions
+    from focus_core.text.corpus import load_documents
+
+    if questions is None or not paths:
+        raise ConfigError("mine needs questions and documents: focusllm eval mine --questions q.jsonl DOCS")
+    engine = begin()
+    documents = load_documents(paths, skipped=skipped)
+    trials = list(own_questions(questions, documents))
+    rivals = [f"{name}:passages={count}" for name in rankers_here() for count in (1, 3)]
+    rows, right, cache = [], [], ChunkCache()
+    for method in parse_methods(methods or ",".join(["focusllm", "focusllm:reread=1", *rivals])):
+        answered: list[bool] = []
+        with progress(f"mine {method.text}", len(trials)) as bar:
+
+            def note_answer(record: dict[str, Any], answered: list[bool] = answered, bar: Any = bar) -> None:
+                answered.append(bool(record.get("right")))
+                _advance(bar, record)
+
+            rows.append(run(engine, "mine", trials, method, 64, output, note_answer, cache=cache))
+        right.append(answered)
+    shown, cells = filled_columns(HEADER, [row_cells(row) for row in rows])
+    table = Table(*shown)
+    for line in cells:
+        table.add_row(*line)
+    Console(width=160).print(table)
+    print(advice(rows, right))
+    write_markdown(output / "mine.md", shown, cells, engine.info.trained)
 
 
 def _calibrate(engine: Any, options: Any, documents: int, output: Path) -> None:

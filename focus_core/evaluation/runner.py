@@ -16,7 +16,7 @@ from focus_core.engine import FocusEngine
 from focus_core.errors import ContextTooLongError
 from focus_core.evaluation.methods.chunk_cache import ChunkCache
 from focus_core.evaluation.methods.registry import Method, parse_method
-from focus_core.evaluation.metrics import auroc, contains_answer, declines, score, wilson
+from focus_core.evaluation.metrics import auroc, clustered, contains_answer, declines, score, wilson
 from focus_core.evaluation.report.records import Record, RecordFile, engine_facts, machine_facts, write_metrics
 from focus_core.evaluation.trial import Prediction, Trial
 
@@ -45,6 +45,7 @@ class Row:
         suite_score: mean of the suite's own score, 0 to 1, where trials have one.
         tokens: memory tokens that were asked for, where the task varies them.
         settings: what made the trials.
+        contexts: right answers and trials of each context, where several trials share one.
         declined: share of the answers that decline, by label, where that was asked.
         auroc: of the method's ``supported``, trials that can be answered against those that cannot.
         cut: right answers, exact matches and mean F1 where answers are cut at fewer tokens, by that limit.
@@ -67,13 +68,14 @@ class Row:
     tokens: int | None = None
     settings: Record = field(default_factory=dict)
     cut: dict[int, dict[str, float]] = field(default_factory=dict)
+    contexts: list[tuple[int, int]] = field(default_factory=list)
     declined: dict[str, float] = field(default_factory=dict)
     auroc: float | None = None
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% Wilson interval of the share of right answers."""
-        return wilson(self.right, self.trials)
+        """95% interval of the share of right answers: Wilson's, over contexts where trials share them."""
+        return clustered(self.contexts) if self.contexts else wilson(self.right, self.trials)
 
 
 def run(
@@ -159,9 +161,20 @@ def summarise(name: str, method: str, records: list[Record]) -> Row:
         seconds=mean("seconds"),
         suite_score=sum(scores) / len(scores) if scores else None,
         cut=_cut_means(answered),
+        contexts=_contexts(answered),
         declined=_declined(answered),
         auroc=auroc(*(_supported(answered, absent) for absent in (False, True))),
     )
+
+
+def _contexts(records: list[Record]) -> list[tuple[int, int]]:
+    """Return right answers and trials by context; empty where every trial has its own."""
+    groups: dict[str, tuple[int, int]] = {}
+    for number, record in enumerate(records):
+        context = str(record.get("context", number))
+        right, trials = groups.get(context, (0, 0))
+        groups[context] = (right + int(record["right"]), trials + 1)
+    return list(groups.values()) if len(groups) < len(records) else []
 
 
 def _declined(records: list[Record]) -> dict[str, float]:
@@ -229,7 +242,7 @@ class _Asking:
         self._ahead = {id(other): self._record(other, item, seconds) for other, item in zip(batch, found, strict=True)}
 
     def _record(self, trial: Trial, prediction: Prediction | ContextTooLongError, seconds: float) -> Record:
-        asked = {"label": trial.label, "answers": list(trial.answers)}
+        asked = {"label": trial.label, "answers": list(trial.answers), "context": trial.context}
         if isinstance(prediction, ContextTooLongError):
             return {**asked, "skipped": str(prediction)}
         cut = {str(limit): _cut(self.engine, trial, prediction, limit) for limit in self.limits}

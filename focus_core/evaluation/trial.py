@@ -6,6 +6,7 @@ Every task yields :class:`Trial` and every method answers one; neither knows the
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 
 from focus_core.evaluation.metrics import Wanted
@@ -59,6 +60,12 @@ class Trial:
         for document in self.documents:
             digest.update(f"\0{document.id}\0{document.text}".encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def context(self) -> str:
+        """Short hash of everything a method sees but digits: trials that differ in a number alone have equal ones."""
+        texts = (self.question, *(document.text for document in self.documents))
+        return hashlib.sha256(re.sub(r"\d+", "#", "\0".join(texts)).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def trials_of(engine, count, **options):
 
 
 def test_a_fixed_haystack_is_read_once(make_engine, counted, tmp_path):
-    """Natural filler: a trial encodes the chunk with its key, and the passage that held the key before, once."""
+    """Natural filler begins elsewhere in each trial, and a passage is encoded once whatever trials it is in."""
     engine = make_engine(chunk_size=160, window=512)
     trials = list(passkey(engine.tokenizer, 900, 10, chunk_size=160, filler=NOVEL))
     before = [0]
@@ -60,8 +60,7 @@ def test_a_fixed_haystack_is_read_once(make_engine, counted, tmp_path):
     passages = len(trials[0].documents)
     assert passages > 8
     assert encoded[0] == passages
-    assert max(encoded[1:]) == 2
-    assert sum(encoded) == len({document.text for trial in trials for document in trial.documents}) < 3 * passages
+    assert sum(encoded) == len({document.text for trial in trials for document in trial.documents}) < 4 * passages
 
 
 def test_cached_kv_is_what_was_computed(make_engine, counted):
@@ -211,7 +210,8 @@ def test_metrics_say_what_made_them(make_engine, tmp_path):
     assert facts["run"]["settings"] == {"seed": 7}
     assert facts["torch"] == torch.__version__
     assert set(facts["by_label"]) == {"depth 0.05", "depth 0.15", "depth 0.25"}
-    assert facts["interval"] == list(metrics.wilson(facts["right"], 3))
+    expected = metrics.clustered(facts["contexts"]) if facts["contexts"] else metrics.wilson(facts["right"], 3)
+    assert facts["interval"] == list(expected)
 
 
 def test_a_row_sums_up_its_records():

@@ -146,7 +146,7 @@ def test_passkey_is_the_official_prompt(options):
         assert lines[0] == HEAD
         assert Counter(lines[1:]) == {FILLER: len(lines) - 2, needle: 1}
         place = lines.index(needle) - 1
-        assert place / (len(lines) - 2) == pytest.approx(float(trial.label.split()[1]), abs=1 / len(lines))
+        assert place / (len(lines) - 2) == pytest.approx(float(trial.label.split()[1]), abs=0.05 + 1 / len(lines))
         assert trial.question == ASK
         assert trial.raw
     assert len({trial.label for trial in trials}) == 10

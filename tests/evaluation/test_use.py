@@ -12,18 +12,24 @@ import torch
 from focus_core.errors import ConfigError, EmptyCorpusError
 from focus_core.evaluation import metrics
 from focus_core.evaluation.report.tables import HEADER, Grid, make_plans, row_cells
-from focus_core.evaluation.runner import run
+from focus_core.evaluation.runner import Row
+from focus_core.evaluation.runner import run as run_trials
 from focus_core.evaluation.tasks import splits
 from focus_core.evaluation.tasks.absent import WITH, WITHOUT, with_and_without
 from focus_core.evaluation.tasks.conversation import conversation
 from focus_core.evaluation.tasks.forms import FORMS, forms
 from focus_core.evaluation.tasks.multi_document import multi_document
+from focus_core.evaluation.tasks.own_questions import advice, own_questions, sign_test
+from focus_core.evaluation.tasks.passkey import passkey
+from focus_core.evaluation.tasks.perplexity import ratio_interval
 from focus_core.evaluation.tasks.registry import TASKS, TaskOptions
 from focus_core.evaluation.tasks.support import calibrate, fit_all
 from focus_core.evaluation.tasks.two_documents import two_documents
 from focus_core.evaluation.trial import Trial
 from focus_core.method.support import FEATURES, fit, support_features, supported
 from focus_core.text.corpus import Document
+
+ROW = Row("mine", "m", 1, 1, 0, 0.0, 0.0, 0.0, {}, {}, 1.0, 1.0, 1.0)
 
 
 @pytest.fixture
@@ -148,7 +154,7 @@ def test_an_answer_without_its_document_is_right_if_it_declines(make_engine, row
         return Prediction(text, supported=probability)
 
     monkeypatch.setitem(registry.METHODS, "focusllm", answer)
-    row = run(make_engine(), "not-there", trials, "focusllm", 8, tmp_path)
+    row = run_trials(make_engine(), "not-there", trials, "focusllm", 8, tmp_path)
     assert row.right == 3
     assert row.declined == {WITH: pytest.approx(2 / 3), WITHOUT: pytest.approx(2 / 3)}
     assert row.auroc == pytest.approx(8 / 9)
@@ -250,7 +256,7 @@ def test_a_fact_is_said_far_outside_the_window(make_engine, tmp_path):
         assert trial.answers[0] in trial.earlier[2 * place][1]
         assert sum(trial.answers[0] in text for _, text in trial.earlier) == 1
     engine = make_engine(window=256, chunk_size=64)
-    row = run(engine, "conversation", trials[:1], "focusllm", 2, tmp_path)
+    row = run_trials(engine, "conversation", trials[:1], "focusllm", 2, tmp_path)
     assert row.chunks > 3
     assert row.local < 256
 
@@ -267,3 +273,107 @@ def test_rates_of_alike_trials_have_wider_intervals():
     assert metrics.clustered([]) == (0.0, 1.0)
     assert metrics.auroc([0.9, 0.5], [0.5, 0.1]) == 0.875
     assert metrics.auroc([], [0.1]) is None
+
+
+# -- a user's own questions -------------------------------------------------------------------------------------
+
+
+def test_own_questions_name_their_documents(tmp_path):
+    """answer, answers, and the document by the end of its id; bad rows say their number and what is wrong."""
+    held = [Document("docs/a.txt", "one"), Document("docs/b.txt", "two")]
+    path = tmp_path / "q.jsonl"
+    path.write_text(
+        '{"question": "which?", "answer": 2, "document": "b.txt"}\n{"question": "who?", "answers": ["x", "y"]}\n'
+    )
+    first, second = own_questions(path, held)
+    assert (first.answers, first.gold, second.answers, second.gold) == (("2",), "docs/b.txt", ("x", "y"), None)
+    for line, message in (
+        ('{"question": "which?"}', "row 1 of .* needs a question and an answer"),
+        ('{"question": "a", "answer": "b", "document": "c.txt"}', "'c.txt', which is 0 of those read"),
+    ):
+        path.write_text(line)
+        with pytest.raises(EmptyCorpusError, match=message):
+            list(own_questions(path, held))
+
+
+def test_advice_needs_more_than_chance():
+    """Ten wins of ten are more than chance, three of three are not; then the quickest of the even ones is named."""
+    rows = [replace(ROW, method="focusllm", seconds=2.0), replace(ROW, method="bm25:passages=1", seconds=1.0)]
+    clear = advice(rows, [[True] * 10, [False] * 10])
+    assert clear.startswith("Use focusllm: 10 of 10 right")
+    even = advice(rows, [[True] * 3, [False] * 3])
+    assert "may be chance; of these bm25:passages=1 took the least time. 3 questions" in even
+    assert sign_test([True] * 10, [False] * 10) == pytest.approx(2 / 1024)
+    assert sign_test([True], [True]) == 1.0
+
+
+def test_the_command_asks_own_questions(run, tmp_path):
+    """A table of FocusLLM and its rivals over a folder, and advice; paths for other tasks are refused."""
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "a.txt").write_text("the cat sat on the mat")
+    (docs / "b.txt").write_text("a dog ate the hat")
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"question": "who ate?", "answer": "dog", "document": "b.txt"}')
+    arguments = ["eval", "mine", docs, "--questions", questions, "--output", tmp_path / "out"]
+    code, out, err = run(*arguments, "--methods", "focusllm:max_tokens=2,bm25:passages=1")
+    assert code == 0, err
+    assert "bm25" in out
+    assert "may be chance" in out or "Use " in out
+    assert (tmp_path / "out" / "mine.md").exists()
+    assert run("eval", "mine", docs)[0] == 2
+    code, _, err = run("eval", "passkey", docs)
+    assert (code, "data are given with --file" in err) == (2, True)
+
+
+# -- contexts ---------------------------------------------------------------------------------------------------
+
+
+def test_pass_keys_lie_in_contexts_of_their_own(make_engine):
+    """Repeated and natural filler: thirty trials, thirty contexts, three a depth; passages come from one set."""
+    tokenizer = make_engine().tokenizer
+    novel = " ".join(f"The {word} of house {index} is old." for index in range(900) for word in ("cat", "mat"))
+    for filler in (None, novel):
+        trials = list(passkey(tokenizer, 6000, 30, filler=filler, chunk_size=160))
+        assert len({trial.context for trial in trials}) == 30
+        assert len({trial.label for trial in trials}) == 10
+        assert all(sum(trial.answers[0] in document.text for document in trial.documents) == 1 for trial in trials)
+    plain = [document.text for trial in trials for document in trial.documents if trial.gold != document.id]
+    assert len(set(plain)) < len(plain) / 5
+    one, other = (
+        Trial((Document("d", "key 12"),), "?", ("12",), None, True, ""),
+        Trial((Document("d", "key 345"),), "?", ("345",), None, True, ""),
+    )
+    assert one.context == other.context
+
+
+def test_stories_hide_facts_in_other_words(make_engine):
+    """A fact of everyday life, asked for as a chat turn; it stands once, and needs no official head."""
+    tokenizer = make_engine().tokenizer
+    trials = list(passkey(tokenizer, 600, 20, needle="story"))
+    assert len({trial.question for trial in trials}) == 2
+    for trial in trials:
+        assert not trial.raw
+        assert trial.documents[0].text.count(trial.answers[0]) == 1
+        assert "pass key" not in trial.documents[0].text
+    with pytest.raises(ConfigError, match="leave --distractors out, got 2"):
+        list(passkey(tokenizer, 600, 1, needle="story", distractors=2))
+
+
+def test_intervals_are_over_contexts_and_texts(make_engine, tmp_path, monkeypatch):
+    """Ten trials of two contexts prove as little as two; places of one text count as one text."""
+    from focus_core.evaluation.methods import registry
+    from focus_core.evaluation.trial import Prediction
+
+    monkeypatch.setitem(registry.METHODS, "focusllm", lambda engine, trial, **options: Prediction(trial.answers[0]))
+    trials = [
+        Trial((Document("d", f"{name} {number}"),), "?", (str(number),), None, True, "")
+        for name in ("a", "b")
+        for number in range(5)
+    ]
+    row = run_trials(make_engine(), "p", trials, "focusllm", 4, tmp_path)
+    assert row.interval == metrics.wilson(2, 2)
+    low, high = ratio_interval({"a@1": 0.9, "a@2": 0.9, "b@1": 1.1, "b@5": 1.1})
+    assert low < 0.5 < 1 < high
+    assert ratio_interval({"a@1": 0.9, "a@2": 0.92, "a@3": 0.91})[1] < 1
+    assert ratio_interval({"a@1": 0.9}) == (0.0, float("inf"))

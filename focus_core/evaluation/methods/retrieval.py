@@ -75,6 +75,12 @@ def rank_minilm(question: str, passages: Sequence[str]) -> list[int]:
 RANKERS: dict[str, Ranker] = {"bm25": rank_bm25, "minilm": rank_minilm}
 
 
+def rankers_here() -> list[str]:
+    """Return the names of the rankers whose packages are installed."""
+    needed = {"bm25": "bm25s", "minilm": _MINILM_PACKAGE}
+    return [name for name, package in needed.items() if importlib.util.find_spec(package) is not None]
+
+
 class SentenceEncoder:
     """Sentence embeddings of a BERT-like encoder: mean pooling, then length 1.
 

@@ -21,7 +21,8 @@ from focus_core.evaluation.tasks.registry import TaskOptions, Varies
 Cells = list[str]
 HEADER = ["task", "method", "right", "95% interval", "suite's score", "exact", "F1", "recall"]
 HEADER += ["cut at", "right", "exact", "F1", "declined", "AUROC", "k", "gold @1 @3 @5", "s/trial"]
-PERPLEXITY_HEADER = ["task", "memory / local", "texts below 1", "memory", "local only", "base's window", "k", "s/text"]
+PERPLEXITY_HEADER = ["task", "memory / local", "95% over texts", "texts below 1", "memory / base's window"]
+PERPLEXITY_HEADER += ["memory", "local only", "base's window", "k", "s/text"]
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,14 @@ def filled_columns(header: Cells, rows: Sequence[Cells]) -> tuple[Cells, list[Ce
 
 def perplexity_cells(row: PerplexityRow) -> Cells:
     """Return a row under :data:`PERPLEXITY_HEADER`."""
+    low, high = row.interval
     better = sum(ratio < 1 for ratio in row.by_text.values())
     return [
         row.name,
         f"{row.ratio:.3f}",
+        "" if low == 0 else f"{low:.3f}-{high:.3f}",
         f"{better}/{row.texts}",
+        f"{row.window_ratio:.3f}",
         f"{row.memory:.2f}",
         f"{row.local:.2f}",
         f"{row.window:.2f}",
@@ -180,5 +184,6 @@ def _asked(values: Sequence[int] | None) -> Sequence[int | None]:
 def _variant(options: TaskOptions) -> Cells:
     natural = ["natural"] if options.filler is not None else []
     natural += [options.distractors_from] if options.distractors_from != "others" else []
+    natural += [options.needle] if options.needle != "key" else []
     natural += ["test"] if options.split == "test" else []
     return natural + ([f"keys{options.distractors + 1}"] if options.distractors else [])

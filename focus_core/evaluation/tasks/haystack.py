@@ -31,6 +31,8 @@ class Haystack:
         chunk_size: most tokens of a passage with its needle (natural filler).
         text: natural filler; ``None`` repeats the passkey prompt's sentences.
         room: tokens left free for a needle in every passage; more, by steps of it, where one is longer.
+        place: where natural filler begins, 0 to 1 of the places that a text of up to twice the tokens leaves; so
+            contexts differ while their passages, and chunk KV, are of one set.
     """
 
     tokenizer: TextTokenizer
@@ -38,6 +40,7 @@ class Haystack:
     chunk_size: int
     text: str | None = None
     room: int = 48
+    place: float = 0.0
 
     def hide(self, needles: Sequence[str], depths: Sequence[float], head: str = "") -> tuple[Document, ...]:
         """Return documents with each needle at its depth.
@@ -70,7 +73,10 @@ class Haystack:
         longest = max(len(self.tokenizer.encode(needle)) for needle in needles)
         room = self.room * -(-longest // self.room)  # in steps: passages must not change with a needle's digits
         size = max(8, self.chunk_size - room - _MARGIN)
-        passages = list(_passages(self.tokenizer, str(self.text), self.tokens, size))
+        count = len(_passages(self.tokenizer, str(self.text), self.tokens, size))
+        pool = _passages(self.tokenizer, str(self.text), 2 * self.tokens, size, self.tokens)
+        start = min(int(self.place * (len(pool) - count + 1)), len(pool) - count)
+        passages = list(pool[start : start + count])
         order = sorted(range(len(needles)), key=lambda index: depths[index])
         for index, place in zip(reversed(order), reversed(_places(sorted(depths), len(passages))), strict=True):
             within = depths[index] * len(passages) % 1
@@ -80,10 +86,10 @@ class Haystack:
 
 
 @lru_cache(maxsize=8)
-def _passages(tokenizer: TextTokenizer, text: str, tokens: int, size: int) -> tuple[str, ...]:
-    """Cut the beginning of ``text`` into passages of at most ``size`` tokens, ``tokens`` in all."""
+def _passages(tokenizer: TextTokenizer, text: str, tokens: int, size: int, least: int | None = None) -> tuple[str, ...]:
+    """Cut the beginning of ``text`` into passages of at most ``size`` tokens, ``tokens`` in all, or what there is."""
     encoded = tokenizer.encode_with_offsets(text)
-    if len(encoded.ids) < tokens:
+    if len(encoded.ids) < (tokens if least is None else least):
         raise EmptyCorpusError(
             f"the filler holds {len(encoded.ids)} tokens, but {tokens} are asked for; give a longer --filler"
         )

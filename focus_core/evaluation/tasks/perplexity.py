@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,9 @@ from focus_core.text.tokenization import Encoded
 
 TARGETS = 256
 GIVEN = 256
+# 97.5% quantiles of Student's distribution by degrees of freedom; beyond, the normal one's
+_STUDENT = dict(enumerate((12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179), 1))
+_STUDENT |= dict(enumerate((2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064), 13))
 _ROWS_AT_ONCE = {"cpu": 4096, "cuda": 65536}
 
 
@@ -51,7 +54,8 @@ class PerplexityRow:
         memory: perplexity with memory.
         local: perplexity of the same local context without memory.
         window: perplexity of the base on the last tokens that its window holds.
-        by_text: ratio of each text.
+        by_text: ratio of each text and place.
+        by_text_window: the same against the base on its own window.
         texts: how many.
         chunks: mean k.
         seconds: mean time of the pass with memory, chunks read anew.
@@ -68,6 +72,17 @@ class PerplexityRow:
     chunks: float
     seconds: float
     settings: Record = field(default_factory=dict)
+    by_text_window: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of ``ratio`` over texts, see :func:`ratio_interval`."""
+        return ratio_interval(self.by_text)
+
+    @property
+    def window_ratio(self) -> float:
+        """Perplexity with memory divided by that of the base on its own window."""
+        return self.memory / self.window
 
 
 @torch.no_grad()
@@ -120,6 +135,25 @@ def memory_logits(
     local = LocalRows(rows_local, start, None, groups, shared_rows=len(head) + split, scoring=Scoring.of(engine.config))
     hidden = sweep(base, engine.adapter, [[group] for group in groups], [local], positions)[0]
     return base.logits(hidden[:, split - len(ids) :])[0].float()
+
+
+def ratio_interval(ratios: Mapping[str, float]) -> tuple[float, float]:
+    """Return the 95% interval of a geometric mean of ratios over texts: places of one text count as one.
+
+    Args:
+        ratios: by ``TEXT@PLACE``. With a single text its places stand in for texts.
+    """
+    by_text: dict[str, list[float]] = {}
+    for name, ratio in ratios.items():
+        by_text.setdefault(name.split("@")[0], []).append(math.log(ratio))
+    means = [sum(logs) / len(logs) for logs in by_text.values()]
+    values = means if len(means) > 1 else [math.log(ratio) for ratio in ratios.values()]
+    if len(values) < 2:
+        return 0.0, math.inf
+    middle = sum(values) / len(values)
+    error = math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values))
+    spread = _STUDENT.get(len(values) - 1, 1.96) * error
+    return math.exp(middle - spread), math.exp(middle + spread)
 
 
 def _check_settings(engine: FocusEngine, rows: int) -> None:
@@ -239,8 +273,19 @@ def run_perplexity(
 
     memory, local, window = (math.exp(mean(key)) for key in ("memory", "local", "window"))
     by_text = {record["text"]: math.exp(record["memory"] - record["local"]) for record in records}
+    against_window = {record["text"]: math.exp(record["memory"] - record["window"]) for record in records}
     row = PerplexityRow(
-        name, memory / local, memory, local, window, by_text, len(records), mean("chunks"), mean("seconds"), settings
+        name,
+        memory / local,
+        memory,
+        local,
+        window,
+        by_text,
+        len(records),
+        mean("chunks"),
+        mean("seconds"),
+        settings,
+        against_window,
     )
     facts = {"run": file.identity, "trained": engine.info.trained, **machine_facts(engine)}
     write_metrics(output / f"{name}.json", {**asdict(row), **facts})

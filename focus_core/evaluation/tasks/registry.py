@@ -23,7 +23,7 @@ from focus_core.evaluation.tasks.infinitebench import code_run, math_find
 from focus_core.evaluation.tasks.key_value import key_values, number, read_key_values
 from focus_core.evaluation.tasks.long_documents import bamboo, leval
 from focus_core.evaluation.tasks.multi_document import Source, multi_document, read_questions, ruler_questions
-from focus_core.evaluation.tasks.passkey import passkey
+from focus_core.evaluation.tasks.passkey import Needle, passkey
 from focus_core.evaluation.tasks.published import infinitebench, longbench, longeval_lines, longeval_topics, multihop
 from focus_core.evaluation.tasks.ruler import common_words, frequent_words, needles, variables
 from focus_core.evaluation.tasks.splits import Split
@@ -52,6 +52,7 @@ class TaskOptions:
         file: what the task reads.
         filler: natural text to hide things in; ``None`` for the repeated sentences.
         distractors_from: where a question's other documents come from, see :func:`multi_document`.
+        needle: what a passkey trial hides, ``key`` or ``story``.
         split: of the questions, for files that have one; generated trials of the test split have seeds of their own.
     """
 
@@ -66,11 +67,15 @@ class TaskOptions:
     filler: Path | None = None
     distractors_from: Source = "others"
     split: Split = "development"
+    needle: Needle = "key"
 
     def __post_init__(self) -> None:
         if self.distractors_from not in get_args(Source):
             known = ", ".join(get_args(Source))
             raise ConfigError(f"--distractors-from must be one of {known}; got {self.distractors_from!r}")
+
+        if self.needle not in get_args(Needle):
+            raise ConfigError(f"--needle must be one of {', '.join(get_args(Needle))}; got {self.needle!r}")
 
     @property
     def needed_file(self) -> Path:
@@ -140,6 +145,7 @@ def _passkey(options: TaskOptions) -> Iterator[Trial]:
         options.trials,
         options.seed,
         distractors=options.distractors,
+        needle=options.needle,
         filler=options.filler_text(),
         chunk_size=options.chunk_size,
     )

@@ -54,7 +54,8 @@ def read_windows(
     """Yield ``count`` windows of ``tokens`` tokens, text after text, at places drawn from the seed.
 
     Args:
-        paths: files, or folders of files; a text that is too short is left out, and if all are, they are joined.
+        paths: files, or folders of files; a text that is too short is left out. Where all texts of a file are, they
+            are joined, and where all files are too short, the files.
         tokenizer: of the base.
         tokens: of each window.
         count: how many.
@@ -63,7 +64,7 @@ def read_windows(
     Raises:
         EmptyCorpusError: the texts hold fewer tokens than asked for.
     """
-    texts = list(_texts(paths))
+    texts = list(_texts(paths, tokens))
     known: dict[str, Encoded] = {}
     long = [name for name, text in texts if len(text) >= tokens and _fits(known, tokenizer, name, text, tokens)]
     if not long:
@@ -84,11 +85,15 @@ def read_windows(
         yield Window(f"{name}@{stop}", by_name[name][:end], part).end(tokens)
 
 
-def _texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
+def _texts(paths: Sequence[Path], tokens: int) -> Iterator[tuple[str, str]]:
     for path in paths:
         for file in sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]:
-            for index, text in enumerate(read_documents(file)):
-                yield f"{file.name.split('.')[0]}-{index}", text
+            name, texts = file.name.split(".")[0], read_documents(file)
+            if len(texts) > 1 and max(map(len, texts)) < tokens:  # no token is shorter than a character
+                yield f"{name}-joined", "\n\n".join(texts)
+                continue
+            for index, text in enumerate(texts):
+                yield f"{name}-{index}", text
 
 
 def _fits(known: dict[str, Encoded], tokenizer: TextTokenizer, name: str, text: str, tokens: int) -> bool:
