@@ -7,42 +7,40 @@ It is safe to use from several threads: requests that run at the same time pass 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 
 from focus_core.answers import Answer, AnswerStream
 from focus_core.config import DecodeConfig, FocusConfig, LocalMode, Positions
-from focus_core.errors import ConfigError, UnsupportedModelError
+from focus_core.errors import ConfigError
 from focus_core.generation import Generation, check_cancelled
 from focus_core.method.parallel import Check, sink_before
 from focus_core.method.passes import SharedPasses, run_together
 from focus_core.method.reading import Reading, check_window
 from focus_core.method.state import MemoryState
 from focus_core.model.candidate import CandidateAdapter
-from focus_core.model.chat import Message, Tool, fit_messages, render_messages
+from focus_core.model.chat import Message, Tool
 from focus_core.model.constraints import Grammar, tool_calls
 from focus_core.model.families import BaseDecoder
+from focus_core.model.fitting import fitted, sink_of
 from focus_core.model.hub import AdapterInfo, LoadedBase, find_adapter, load_adapter, load_base, read_info
 from focus_core.model.sources import Notice
+from focus_core.prompts import Prompts, Template
 from focus_core.store.database import Store
 from focus_core.store.encoder import ChunkEncoder
 from focus_core.store.memory import Memory, Progress
 from focus_core.store.places import Place, find_place
-from focus_core.text.chunking import PARAGRAPH
-from focus_core.text.corpus import Document, distinct, load_documents, named_path
+from focus_core.text.corpus import Document, Documents, as_documents, distinct
 from focus_core.text.tokenization import TextTokenizer
 
 UNTRAINED = "untrained"
 _NO_QUESTION = "the question is empty; ask something"
-_ANY = "?"  # a question, to see what all questions begin with
-Template = Literal["question", "chat", "raw"]
-Documents = Document | str | Path | Iterable[Document | str | Path]
 
 
 class FocusEngine:
@@ -161,8 +159,13 @@ class FocusEngine:
         )
 
     @property
+    def prompts(self) -> Prompts:
+        """How questions are put."""
+        return Prompts(self.tokenizer, self.config, self.info)
+
+    @cached_property
     def adapter_fingerprint(self) -> str:
-        """Hash of the candidate projections."""
+        """Hash of the candidate projections as they were when it was first asked for."""
         digest = hashlib.sha256()
         for key, value in sorted(self.adapter.state_dict().items()):
             digest.update(key.encode() + value.contiguous().cpu().view(torch.uint8).numpy().tobytes())
@@ -243,7 +246,7 @@ class FocusEngine:
         if not question.strip() and template != "raw":
             raise ConfigError(_NO_QUESTION)
         local = self.local_ids(question, template)
-        opening = _shared_tokens(local, self.local_ids(_ANY, template))
+        opening = self.prompts.opening(local, template)
         return self.stream_ids(local, memory, decode=decode, cancelled=cancelled, opening=opening, **options)
 
     def answer(self, question: str, memory: Memory | None = None, **arguments: Any) -> Answer:
@@ -353,33 +356,28 @@ class FocusEngine:
         if documents:
             memory = memory.subset(document.id for document in memory.documents) if memory else self.remember([])
             memory.add(distinct(documents, memory.documents), check=lambda: check_cancelled(cancelled))
-        local = render_messages(self.tokenizer, kept, offered)
-        another = [message for message in kept[:1] if message.role == "system"] + [Message("user", _ANY)]
-        opening = _shared_tokens(local, render_messages(self.tokenizer, another, offered))
+        local, opening = self.prompts.conversation(kept, offered)
         return self.stream_ids(
             local, memory, decode=decode, cancelled=cancelled, constraint=constraint, opening=opening
         )
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
-        """Put the adapter's system turn in front of a conversation that has none, where the base knows turns."""
-        system = self.info.system if getattr(self.tokenizer.tokenizer, "chat_template", None) else None
-        missing = system is not None and bool(messages) and messages[0].role != "system"
-        return [Message("system", system), *messages] if missing and system is not None else list(messages)
+        """See :meth:`Prompts.with_system`."""
+        return self.prompts.with_system(messages)
 
     def fit(
         self, messages: Sequence[Message], tools: Sequence[Tool], max_tokens: int
     ) -> tuple[list[Document], list[Message]]:
-        """Split a conversation into documents for memory and the messages that fit the window with an answer.
+        """See :meth:`Prompts.fit`."""
+        return self.prompts.fit(messages, tools, max_tokens)
 
-        The adapter's system turn is put in front where there is none. Fitting twice changes nothing.
-        """
-        messages = self.with_system(messages)
-        room = self.config.window - max_tokens - 1
+    def local_ids(self, text: str, template: Template = "question") -> list[int]:
+        """See :meth:`Prompts.local_ids`."""
+        return self.prompts.local_ids(text, template)
 
-        def count(some: Sequence[Message]) -> int:
-            return len(render_messages(self.tokenizer, some, tools))
-
-        return fit_messages(messages, count, room, self.split_prompt) if messages else ([], [])
+    def split_prompt(self, text: str, whole: int | None = None) -> tuple[str, str]:
+        """See :meth:`Prompts.split_prompt`."""
+        return self.prompts.split_prompt(text, whole)
 
     def reading(self, state: MemoryState, *, max_tokens: int, chunks_per_batch: int | None = None) -> Reading:
         """Return a :class:`Reading` of a memory's state: logits instead of text, for tests and measurements."""
@@ -394,33 +392,6 @@ class FocusEngine:
             passes=self.passes,
         )
 
-    def local_ids(self, text: str, template: Template = "question") -> list[int]:
-        """Return the token ids that the local row is made of."""
-        if template == "raw":
-            return self.tokenizer.encode(text)
-        question = self.info.question_template.replace("{question}", text) if template == "question" else text
-        return self.tokenizer.chat(question, self.info.system)
-
-    def split_prompt(self, text: str, whole: int | None = None) -> tuple[str, str]:
-        """Split a prompt of any length into (head, tail): the head is to become memory, the tail stays local.
-
-        A prompt of at most ``whole`` tokens, half of the window if not given, stays whole. The tail begins at a
-        paragraph where it can and is no longer than the dynamic prompt, so every chunk sees all of it.
-        """
-        encoded = self.tokenizer.encode_with_offsets(text)
-        count = len(encoded.ids)
-        if count <= (self.config.window // 2 if whole is None else whole):
-            return "", text
-        first = count - min(self.config.prompt_length, count) * 3 // 4
-        cut = int(encoded.starts[first])
-        paragraph = PARAGRAPH.search(text, cut)
-        better = paragraph.start() if paragraph else -1
-        if better < 0 or len(text) - better < 16:
-            better = text.find("\n", cut)
-        if 0 <= better < len(text) - 16:
-            cut = better + 1
-        return text[:cut], text[cut:].lstrip("\r\n")
-
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of plain text."""
         return len(self.tokenizer.encode(text))
@@ -434,75 +405,9 @@ class FocusEngine:
         return frozenset(int(token) for token in [*several, own] if token is not None)
 
 
-def as_documents(documents: Documents) -> list[Document]:
-    """Turn texts, paths and documents, one or many, into a list of documents.
-
-    A string alone is the path of a file or folder if there is one, else a text; in a list it is a text.
-
-    Raises:
-        DocumentNotFoundError: a string alone looks like a path, and nothing is there.
-    """
-    if isinstance(documents, str):
-        documents = named_path(documents) or documents
-    several = [documents] if isinstance(documents, (Document, str, Path)) else list(documents)
-    found: list[Document] = []
-    for item in several:
-        if isinstance(item, Document):
-            found.append(item)
-        elif isinstance(item, Path):
-            found.extend(load_documents([item]))
-        elif isinstance(item, str):
-            found.append(Document(f"text-{len(found)}", item))
-        else:
-            raise ConfigError(f"a document must be a Document, a text or a Path; got {type(item).__name__}")
-    return found
-
-
-def _shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens both begin with."""
-    pairs = zip(one, other, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
 def _decode(decode: DecodeConfig | None, options: Mapping[str, Any]) -> DecodeConfig:
     values = {**(decode or DecodeConfig()).to_dict(), **options}
     if isinstance(values["stop"], str):
         values["stop"] = (values["stop"],)
     values["stop"] = tuple(values["stop"] or ())
     return DecodeConfig.from_dict(values)
-
-
-def fitted(config: FocusConfig, base: BaseDecoder) -> FocusConfig:
-    """Shrink the window to what the base's every layer sees and refuse what the family cannot do.
-
-    A window that has no room for a chunk row is left for :class:`ChunkEncoder` to refuse, with what would fit.
-    """
-    if not base.rotary and config.positions == "shared":
-        raise UnsupportedModelError(
-            f"{base.model_type} adds learned positions to its embeddings, so candidate keys cannot be moved to one "
-            "shared position; use positions='ordered'"
-        )
-    sliding = base.sliding_window
-    if sliding is not None and config.window - config.largest_chunk + config.chunk_size <= sliding < config.window:
-        return fitted(replace(config, window=sliding), base)
-    if base.window >= config.window:
-        return config
-    prompt = min(config.prompt_length, max(1, base.window // 4))
-    room = base.window - prompt - int(config.sink) - 1
-    return replace(config, window=base.window, prompt_length=prompt, chunk_size=min(config.chunk_size, room))
-
-
-def sink_of(loaded: LoadedBase) -> int:
-    """Return the token that starts every row: BOS, or the end token for bases without one."""
-    config = loaded.model.config
-    for token in (
-        loaded.tokenizer.bos_token_id,
-        config.bos_token_id,
-        loaded.tokenizer.eos_token_id,
-        config.eos_token_id,
-    ):
-        if token is not None:
-            return int(token[0] if isinstance(token, list) else token)
-    raise UnsupportedModelError(
-        "this base has neither a BOS nor an EOS token to use as sink; use a config with sink=False"
-    )

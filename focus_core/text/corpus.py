@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from focus_core.errors import CorpusError, DocumentNotFoundError, EmptyCorpusError, NotTextError
+from focus_core.errors import ConfigError, CorpusError, DocumentNotFoundError, EmptyCorpusError, NotTextError
 from focus_core.files import is_store
 
 STDIN = "-"
@@ -230,3 +230,31 @@ def _text(data: bytes, name: str) -> str:
 def printable(name: str) -> str:
     """Return a file's name with bytes that are no text written as ``\\xff``."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+Documents = Document | str | Path | Iterable[Document | str | Path]
+"""What a reader of documents takes: documents, texts and paths, one or many."""
+
+
+def as_documents(documents: Documents) -> list[Document]:
+    """Turn texts, paths and documents, one or many, into a list of documents.
+
+    A string alone is the path of a file or folder if there is one, else a text; in a list it is a text.
+
+    Raises:
+        DocumentNotFoundError: a string alone looks like a path, and nothing is there.
+    """
+    if isinstance(documents, str):
+        documents = named_path(documents) or documents
+    several = [documents] if isinstance(documents, (Document, str, Path)) else list(documents)
+    found: list[Document] = []
+    for item in several:
+        if isinstance(item, Document):
+            found.append(item)
+        elif isinstance(item, Path):
+            found.extend(load_documents([item]))
+        elif isinstance(item, str):
+            found.append(Document(f"text-{len(found)}", item))
+        else:
+            raise ConfigError(f"a document must be a Document, a text or a Path; got {type(item).__name__}")
+    return found

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from focus_core.config import FocusConfig, TrainConfig
-from focus_core.engine import fitted, sink_of
 from focus_core.errors import EmptyCorpusError
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
+from focus_core.model.fitting import fitted, sink_of
 from focus_core.model.hub import AdapterInfo, LoadedBase, load_adapter, save_adapter
 from focus_core.store.encoder import check_sliding_window
 from focus_core.text.tokenization import TextTokenizer

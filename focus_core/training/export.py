@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from focus_core.engine import sink_of
 from focus_core.errors import AdapterMismatchError, ConfigError
 from focus_core.files import write_atomically
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
+from focus_core.model.fitting import sink_of
 from focus_core.model.hub import AdapterInfo, LoadedBase, load_adapter, read_info, save_adapter
 from focus_core.training.heldout import Loss, measure_loss
 from focus_core.training.objectives import Example

@@ -12,11 +12,12 @@ from typing import Any, Protocol, cast
 
 from focus_core.answers import AnswerStream
 from focus_core.config import DecodeConfig
-from focus_core.engine import FocusEngine, Template
+from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
 from focus_core.generation import check_cancelled
 from focus_core.hardware import free_bytes
 from focus_core.model.chat import Message
+from focus_core.prompts import Template
 from focus_core.session.documents import to_documents
 from focus_core.session.engines import Held, MemoryHolder
 from focus_core.store.memory import Memory

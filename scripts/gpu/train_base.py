@@ -175,9 +175,9 @@ def _measure(state: State, adapter: Path | None, output: Path) -> None:
     import torch
 
     from focus_core.config import TrainConfig
-    from focus_core.engine import sink_of
     from focus_core.model.candidate import CandidateAdapter
     from focus_core.model.families import BaseDecoder
+    from focus_core.model.fitting import sink_of
     from focus_core.model.hub import load_adapter, load_base
     from focus_core.text.tokenization import TextTokenizer
     from focus_core.training.data import ExampleStream

@@ -18,7 +18,7 @@ from typing import Any, Protocol, get_args
 
 from focus_core.answers import Answer
 from focus_core.config import DecodeConfig
-from focus_core.engine import FocusEngine, Template
+from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError, ContextTooLongError
 from focus_core.evaluation.methods.baselines import ASKS, WINDOWS, Asked, read_prompts
 from focus_core.evaluation.methods.chunk_cache import ChunkCache
@@ -26,6 +26,7 @@ from focus_core.evaluation.methods.context_extension import LONGER
 from focus_core.evaluation.methods.infllm import BLOCKS
 from focus_core.evaluation.trial import Prediction, Trial
 from focus_core.model.chat import Message
+from focus_core.prompts import Template
 
 FOCUS = "focusllm"
 
