@@ -86,7 +86,7 @@ def train(
             ids, labels = next(stream)
             loss = model(input_ids=ids, labels=labels).loss / examples_per_step
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
