@@ -93,6 +93,7 @@ class FocusEngine:
         positions: Positions | None = None,
         local_mode: LocalMode | None = None,
         other_base: bool = False,
+        quantize: str | None = None,
         notice: Notice = lambda text: None,
     ) -> Self:
         """Load a base and its adapter.
@@ -110,13 +111,15 @@ class FocusEngine:
             positions: ``shared`` or ``ordered``; a trained adapter knows one only.
             local_mode: ``incremental`` or ``exact``; a trained adapter knows one only.
             other_base: let the adapter serve other weights than those it was trained for, if the shapes fit.
+            quantize: ``int8`` or ``int4`` keeps the base's matrices in so many bits, see
+                :func:`~focus_core.model.hub.load_base`.
             notice: told about long work.
 
         Raises:
             BaseModelError: the base cannot be loaded.
             AdapterError: there is no adapter, or it is another base's.
         """
-        loaded = load_base(base, dtype=dtype, device=device, notice=notice)
+        loaded = load_base(base, dtype=dtype, device=device, quantize=quantize, notice=notice)
         decoder = BaseDecoder(loaded.model)
         folder = None if adapter == UNTRAINED else find_adapter(adapter, loaded)
         attached = CandidateAdapter(decoder, rank=read_info(folder).rank if folder is not None else None)

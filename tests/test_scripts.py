@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,13 @@ def test_broken_stores_lose_nothing(kind, count):
     ended = subprocess.run([sys.executable, script, kind, str(count), "--seed", "1"], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "0 bad" in ended.stdout
+
+
+def test_a_large_base_is_measured_in_small(tmp_path):
+    """The same code on a tiny random shape: every step runs, and the figures are written."""
+    command = [sys.executable, str(GPU / "large_base.py"), "--smoke", "--output", str(tmp_path / "large.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    values = json.loads((tmp_path / "large.json").read_text())
+    assert len(values["loss"]) == 3
+    assert values["tokens_per_second"] > 0

@@ -1,4 +1,4 @@
-"""Commands that train: train, plot-loss, interpolate-adapters, export-adapter."""
+"""Commands that train: train, plot-loss, and what is done with adapters."""
 
 from __future__ import annotations
 
@@ -42,6 +42,9 @@ def train(
     ] = None,
     compact: Annotated[bool, typer.Option(help="Save the adapter as int8 differences, bfloat16 at low rank.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, of the base. [default: what is fast]")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or int4: the frozen base in so many bits (torchao).")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share each step, on one GPU too.")] = 1,
     device: Device = None,
 ) -> None:
@@ -58,7 +61,7 @@ def train(
     if workers > 1 and "LOCAL_RANK" not in os.environ:
         launch(workers, "focus_core.cli", sys.argv[1:])
     processes = Processes(device)
-    loaded = _load(base, dtype, processes)
+    loaded = _load(base, dtype, processes, quantize)
     end = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
     tokens = 0
 
@@ -153,6 +156,35 @@ def export(
             note.print(f"{name:<11} loss {loss.loss:.4f} over {loss.queries} questions  ({kinds})")
 
 
+@app.command(name="import-adapter")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that the paper's published code saved.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the adapter.")],
+    base: Base = None,
+    chunk_size: Annotated[int, typer.Option(help="Chunk size the adapter will be served with.")] = 2048,
+) -> None:
+    """Take candidate projections over from a checkpoint of the paper's published code."""
+    from focus_core.model.hub import load_base
+    from focus_core.training.card import write_card
+    from focus_core.training.published import import_published
+
+    import_published(load_base(base, device="cpu", notice=note.print), checkpoint, output, chunk_size=chunk_size)
+    write_card(output)
+    note.print(f"adapter in {output}")
+
+
+@app.command(name="push-adapter")
+def push(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder; a model card is written if it has none.")],
+    name: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
+    private: Annotated[bool, typer.Option(help="For a new one.")] = False,
+) -> None:
+    """Put an adapter with its model card on the hub; others name it with --adapter OWNER/NAME."""
+    from focus_core.training.card import push_adapter
+
+    note.print(push_adapter(adapter, name, private=private))
+
+
 # -- inside -----------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +215,7 @@ def _assigned(pairs: list[str]) -> dict[str, Any]:
     return values
 
 
-def _load(base: str | None, dtype: str | None, processes: Any) -> Any:
+def _load(base: str | None, dtype: str | None, processes: Any, quantize: str | None) -> Any:
     """Load the base on this process's device; the first process converts it, if that is needed."""
     import torch
 
@@ -199,7 +231,8 @@ def _load(base: str | None, dtype: str | None, processes: Any) -> Any:
         kind = torch.float32  # gradients of half precision would need scaling
     with processes.accelerator.main_process_first():
         silent = lambda text: None  # noqa: E731
-        return load_base(base, dtype=kind, device=processes.device, notice=note.print if processes.is_main else silent)
+        notice = note.print if processes.is_main else silent
+        return load_base(base, dtype=kind, device=processes.device, quantize=quantize, notice=notice)
 
 
 @contextmanager

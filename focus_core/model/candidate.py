@@ -117,9 +117,14 @@ class LowRankCandidate(CandidateLinear):
 
 def base_matrix(layer: nn.Linear) -> Tensor:
     """Return the (out, in) matrix of a frozen projection, dequantised where it is quantised."""
-    weight = layer.weight.detach()
-    whole: Tensor = weight if type(weight) is Tensor else weight.dequantize()
-    return whole
+    return plain(layer.weight)
+
+
+def plain(weight: Tensor) -> Tensor:
+    """Return a tensor without gradient and, where it is quantised, in its values."""
+    weight = weight.detach()
+    values: Tensor = weight if type(weight) is Tensor else weight.dequantize()
+    return values
 
 
 def low_rank(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from focus_core.errors import AdapterError, AdapterMismatchError, BaseModelError
 from focus_core.files import write_atomically
 from focus_core.hardware import check_operators, choose_device, default_dtype
 from focus_core.model.bases import base_of, first_line
-from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.candidate import CandidateAdapter, plain
 from focus_core.model.sources import DEFAULT_FILE, DEFAULT_PACKAGE, Notice, source_of
 
 ADAPTER_FORMAT = 1
@@ -104,6 +104,7 @@ def load_base(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    quantize: str | None = None,
     notice: Notice = lambda text: None,
 ) -> LoadedBase:
     """Load a base.
@@ -112,26 +113,55 @@ def load_base(
         name: a named base, hub name, folder, GGUF file, or ``None`` for the installed default.
         dtype: of the weights; :func:`default_dtype` if not given.
         device: the fastest there is (``cuda``, ``mps``, ``cpu``), if not given.
+        quantize: ``int8`` or ``int4`` keeps the matrices of its layers in so many bits (torchao); such a base takes
+            low-rank adapters without making a whole matrix.
         notice: told about long work.
 
     Raises:
-        ConfigError: there is no such device, or it lacks the dtype.
+        ConfigError: there is no such device, it lacks the dtype, or torchao is needed and not installed.
         BaseModelError: the weights cannot be found or read.
     """
     place = choose_device(device)
     kind = dtype or default_dtype(place)
     if place.type not in ("cpu", "cuda"):
         check_operators(place, kind)
+    bits = _quantized(quantize, place)
     source = source_of(name, notice)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **bits)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _not_loadable(str(name or source), error) from error
-    model.to(place)  # type: ignore[arg-type]
+    if quantize is None:
+        model.to(place)  # type: ignore[arg-type]
     model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     return LoadedBase(model, tokenizer, str(name) if name else f"{DEFAULT_PACKAGE}/{DEFAULT_FILE}", fingerprint(model))
+
+
+def _quantized(form: str | None, place: torch.device) -> dict[str, Any]:
+    """Return what transformers' loader is told about bits and place; nothing for plain weights."""
+    if form is None:
+        return {}
+    from transformers import TorchAoConfig
+
+    return {"quantization_config": TorchAoConfig(weight_format(form)), "device_map": {"": place}}
+
+
+def weight_format(form: str) -> Any:
+    """Return torchao's configuration of ``int8`` or ``int4`` weights.
+
+    Raises:
+        ConfigError: another form, or torchao is not installed.
+    """
+    forms = ("int8", "int4")
+    if form not in forms:
+        raise ConfigError(f"quantize must be one of {', '.join(forms)}; got {form!r}")
+    try:
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    except ImportError as error:
+        raise ConfigError(f"quantize={form!r} needs torchao; run `pip install 'focusllm[quantized]'`") from error
+    return Int8WeightOnlyConfig(version=2) if form == "int8" else Int4WeightOnlyConfig()
 
 
 def load_tokenizer(name: str | Path | None = None, *, notice: Notice = lambda text: None) -> PreTrainedTokenizerBase:
@@ -167,7 +197,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     own |= {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in wrapped}
     for name, tensor in sorted(own.items()):  # an attached adapter does not count
         if tensor.is_floating_point() and ".base_layer." not in name:
-            flat = tensor.detach().reshape(-1)
+            flat = plain(tensor).reshape(-1)
             sample = flat[:: max(1, flat.numel() // 4096)][:4096].to(torch.bfloat16).cpu()
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(sample.view(torch.int16).numpy().tobytes())

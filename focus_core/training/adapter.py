@@ -20,6 +20,7 @@ from focus_core.model.fitting import fitted, sink_of
 from focus_core.model.hub import AdapterInfo, LoadedBase, load_adapter, save_adapter
 from focus_core.store.encoder import check_sliding_window
 from focus_core.text.tokenization import TextTokenizer
+from focus_core.training.card import write_card
 from focus_core.training.checkpoint import Totals
 from focus_core.training.data import NOT_THERE, SHORT_ANSWER, SYSTEM, ExampleStream
 from focus_core.training.export import write_compact
@@ -117,6 +118,7 @@ def train_adapter(
                 write_compact(loaded, base, adapter, info(done), output / "adapter", held_out)
             else:
                 save_adapter(output / "adapter", adapter, info(done))
+                write_card(output / "adapter")
         processes.accelerator.wait_for_everyone()
     return done
 

@@ -20,6 +20,7 @@ from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 from focus_core.model.fitting import sink_of
 from focus_core.model.hub import AdapterInfo, LoadedBase, load_adapter, read_info, save_adapter
+from focus_core.training.card import write_card
 from focus_core.training.heldout import Loss, measure_loss
 from focus_core.training.objectives import Example
 
@@ -94,6 +95,7 @@ def write_compact(
             after = measure_loss(base, written, examples, sink, info.focus)
     export = Export(output, (output / "adapter.safetensors").stat().st_size, before, after)
     write_atomically(output / "export.json", (json.dumps(export.to_dict(), indent=2) + "\n").encode())
+    write_card(output)
     return export
 
 
