@@ -1,8 +1,9 @@
-"""Check the house: docstrings of modules, and pages that name no machine."""
+"""Check the house: docstrings of modules, pages that name what exists and no machine."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -18,6 +19,28 @@ def test_a_file_says_what_it_is_for(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     if text.strip():
         assert ast.get_docstring(ast.parse(text)), f"{path.name} has no module docstring"
+
+
+def test_the_architecture_page_names_what_exists() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    symbols = sorted(set(re.findall(r"`((?:focus_core|focus_integrations)(?:\.\w+)+)`", page)))
+    assert len(symbols) >= 30
+    assert [symbol for symbol in symbols if not _exists(symbol)] == []
+
+
+def _exists(symbol: str) -> bool:
+    parts = symbol.split(".")
+    for split in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:split]))
+        except ImportError:
+            continue
+        for name in parts[split:]:
+            if not hasattr(found, name):
+                return False
+            found = getattr(found, name)
+        return True
+    return False
 
 
 def test_nothing_names_the_machine_it_was_made_on() -> None:
