@@ -75,6 +75,8 @@ class FocusConfig(_Json):
             token alone, so all k are equal there; 1 leaves them out.
         kv_format: how chunk KV is written: ``base`` as the base computes it, ``int8`` (about half the bytes), ``int4``
             (about a third).
+        memory_budget: most bytes of memory for chunk KV that lies on disk; what does not fit is read again at every
+            step. ``None`` takes most of what is free. It changes no answer.
     """
 
     window: int = 4096
@@ -87,6 +89,7 @@ class FocusConfig(_Json):
     top_candidates: int = 0
     first_candidate_layer: int = 0
     kv_format: KVFormat = "base"
+    memory_budget: int | None = None
 
     def __post_init__(self) -> None:
         _bounded("window", self.window, 8)
@@ -96,6 +99,8 @@ class FocusConfig(_Json):
         _one_of("local_mode", self.local_mode, LocalMode)
         _one_of("candidate_bias", self.candidate_bias, CandidateBias)
         _one_of("kv_format", self.kv_format, KVFormat)
+        if self.memory_budget is not None:
+            _bounded("memory_budget", self.memory_budget, 0)
         _bounded("top_candidates", self.top_candidates, 0)
         _bounded("first_candidate_layer", self.first_candidate_layer, 0)
         room = self.largest_chunk

@@ -204,20 +204,33 @@ class FocusEngine:
         return memory
 
     def load_memory(
-        self, place: str | Path | Place, progress: Progress = lambda done, total: None, *, name: str | None = None
+        self,
+        place: str | Path | Place,
+        progress: Progress = lambda done, total: None,
+        *,
+        name: str | None = None,
+        where: Mapping[str, Any] | None = None,
     ) -> Memory:
-        """Read a saved memory; nothing is computed, and nothing is written.
+        """Open a saved memory; nothing is computed or written, and chunk KV is read when a question needs it.
 
         Args:
             place: folder written by :meth:`Memory.save`, or the name of a collection in the user's own store.
             progress: called with tokens done and to do.
             name: of the collection in ``place``, where it holds several.
+            where: metadata of the documents to read, chosen in the database: for each key a value that must be equal,
+                or operators, as in ``{"year": {"$gte": 2020}, "kind": {"$in": ["lease", "deed"]}}``.
 
         Raises:
             StoreError: there is none, it is damaged, or it was made by another model.
+            ConfigError: ``where`` cannot be read.
         """
         found = find_place(place, name)
-        return Memory.load(found.open(), self.encoder, progress, name=found.name)
+        store, encoder = found.open(), self.encoder
+        written = store.collection(found.name).facts.get("kv", "base")
+        if written != self.config.kv_format:  # the format is the collection's affair
+            encoder = replace(encoder, config=replace(encoder.config, kv_format=written))
+        ids = store.select(found.name, where) if where is not None else None
+        return Memory.load(store, encoder, progress, name=found.name, ids=ids)
 
     # -- answers ------------------------------------------------------------------------------------------------
 

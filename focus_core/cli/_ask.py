@@ -20,6 +20,7 @@ from focus_core.cli._shared import (
     ChunkTopP,
     Device,
     MaxTokens,
+    MemoryBudget,
     OtherBase,
     Paths,
     Reread,
@@ -33,6 +34,7 @@ from focus_core.cli._shared import (
     open_engine,
     open_memory,
     printable,
+    size_of,
     skipped,
     waiting,
 )
@@ -43,6 +45,7 @@ def ask(
     question: Annotated[str, typer.Argument(help="What you want to know.")],
     paths: Paths = None,
     memory: SavedMemory = None,
+    memory_budget: MemoryBudget = None,
     base: Base = None,
     adapter: Adapter = None,
     other_base: OtherBase = False,
@@ -66,6 +69,7 @@ def ask(
 ) -> None:
     """Answer one question over files and folders, with its sources."""
     engine = open_engine(base, adapter, chunk_size, device, other_base=other_base)
+    engine = engine.with_config(memory_budget=size_of(memory_budget)) if memory_budget is not None else engine
     held = open_memory(engine, paths or [], memory)
     stream = engine.stream(
         question,
@@ -127,6 +131,7 @@ def ask(
 def chat(
     paths: Paths = None,
     memory: SavedMemory = None,
+    memory_budget: MemoryBudget = None,
     base: Base = None,
     adapter: Adapter = None,
     chunk_size: ChunkSize = None,
@@ -146,6 +151,7 @@ def chat(
     from focus_core.model.chat import Message
 
     engine = open_engine(base, adapter, chunk_size, device)
+    engine = engine.with_config(memory_budget=size_of(memory_budget)) if memory_budget is not None else engine
     held = open_memory(engine, paths or [], memory)
     turns: list[Message] = []
     while True:
@@ -177,14 +183,17 @@ def chat(
 @app.command()
 def info(
     paths: Paths = None,
+    memory: SavedMemory = None,
+    memory_budget: MemoryBudget = None,
     base: Base = None,
     adapter: Adapter = None,
     chunk_size: ChunkSize = None,
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show model and adapter, and what reading PATHS would cost, before anything is read into memory."""
+    """Show model and adapter, and what reading PATHS, or a question to a memory, would cost, before it is read."""
     from focus_core.bench import measure_prefill
+    from focus_core.session.corpus import memory_costs
     from focus_core.text.corpus import load_documents
 
     engine = open_engine(base, adapter, chunk_size, device)
@@ -214,6 +223,9 @@ def info(
             "chunk KV bytes": (tokens + len(chunks)) * each * engine.base.dtype.itemsize,
             "seconds to read": round(tokens / speed, 1),
         }
+    if memory is not None:
+        engine = engine.with_config(memory_budget=size_of(memory_budget)) if memory_budget is not None else engine
+        facts |= memory_costs(engine.load_memory(memory))
     if as_json:
         print(json.dumps(facts))
         return

@@ -37,6 +37,10 @@ def index(
     adapter: Adapter = None,
     chunk_size: ChunkSize = None,
     device: Device = None,
+    kv_format: Annotated[
+        str,
+        typer.Option(help="How chunk KV is written: base, int8 or int4; the same at every run."),
+    ] = "base",
 ) -> None:
     """Read files and folders into a collection on disk; only what is new or has changed is computed.
 
@@ -48,6 +52,7 @@ def index(
         raise ConfigError("give the collection a name: focusllm index PATH --name contracts")
     place = _place(name, memory)
     engine = open_engine(base, adapter, chunk_size, device)
+    engine = engine.with_config(kv_format=kv_format) if kv_format != engine.config.kv_format else engine
     with progress("reading") as bar:
         report = index_paths(
             engine,

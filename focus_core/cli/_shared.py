@@ -60,6 +60,9 @@ OtherBase = Annotated[bool, typer.Option(help="Let the adapter serve another bas
 SavedMemory = Annotated[
     str | None, typer.Option("--memory", help="What `focusllm index` made: the name of a collection, or a folder.")
 ]
+MemoryBudget = Annotated[
+    str | None, typer.Option(help="Most memory for chunk KV, such as 4GiB; the rest is read from disk. [default: most]")
+]
 ChunkSize = Annotated[int | None, typer.Option(help="Most tokens of a chunk. [default: the adapter's]")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. [default: the fastest there is]")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens of the answer.")]
@@ -95,7 +98,7 @@ def open_engine(
         )
 
 
-def open_memory(engine: Any, paths: list[str], place: str | None, name: str | None = None) -> Any:
+def open_memory(engine: Any, paths: list[str], place: str | None) -> Any:
     """Load a saved memory if one is named, and read ``paths`` beside it; nothing is written."""
     from focus_core.text.corpus import load_documents
 
@@ -107,7 +110,7 @@ def open_memory(engine: Any, paths: list[str], place: str | None, name: str | No
     memory = None
     if place is not None:
         with progress("loading memory") as bar:
-            memory = engine.load_memory(place, progress=lambda done, total: bar(done, "", total), name=name)
+            memory = engine.load_memory(place, progress=lambda done, total: bar(done, "", total))
     if memory is None or documents:
         memory = memory.subset(one.id for one in memory.documents) if memory is not None else engine.remember([])
         with progress("reading") as bar:
@@ -117,6 +120,17 @@ def open_memory(engine: Any, paths: list[str], place: str | None, name: str | No
 
 def skipped(path: Path, why: str) -> None:
     note.print(f"left out {path}: {why}", style="dim")
+
+
+def size_of(text: str | None) -> int | None:
+    """Return the bytes that ``4GiB``, ``500MB`` or ``1000000`` means."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if found is None:
+        raise ConfigError(f"cannot read the size {text!r}; write it like 4GiB or 500MB")
+    number, unit, binary = found.groups()
+    return int(float(number) * float((1024 if binary else 1000) ** " kmgt".index(unit or " ")))
 
 
 def numbers(text: str) -> list[int]:

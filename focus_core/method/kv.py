@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -328,6 +328,9 @@ class ChunkKV:
 
         By token (kv_heads, tokens, ...), without the first ones; by chunk (...).
         """
+        alone = getattr(self.source, "chunk", None)
+        if alone is not None:  # a source that would read every chunk's layer for one chunk of it
+            return cast(dict[str, list[Tensor]], alone(self.slots[row]))
         start, stop = self.starts[row], self.starts[row] + max(0, self.lengths[row] - FIRST)
         found: dict[str, list[Tensor]] = {name: [] for name in self.shape.arrays}
         for layer in range(self.shape.layers):

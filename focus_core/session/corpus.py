@@ -11,8 +11,9 @@ from focus_core.errors import EmptyCorpusError
 from focus_core.method.parallel import Check
 from focus_core.store.collections import CollectionInfo
 from focus_core.store.indexing import encode_missing, index_documents
-from focus_core.store.memory import Progress
+from focus_core.store.memory import Memory, Progress
 from focus_core.store.places import Place
+from focus_core.store.tiers import Staged
 from focus_core.text.corpus import read_documents
 
 
@@ -81,6 +82,28 @@ def index_paths(
         vanished=[] if sync else vanished,
         collection=store.collection(place.name),
     )
+
+
+def memory_costs(memory: Memory) -> dict[str, int]:
+    """Say, before anything of it is read, where a saved memory's chunk KV will lie and what a token costs.
+
+    Returns:
+        Bytes of chunk KV, the bytes of it that will stay in memory, and the bytes read from disk for each token of an
+        answer (a question that passes the chunks in batches reads them once a batch besides).
+    """
+    sources = [slab.kv.source for slab in memory.state.slabs]
+    staged = [source for source in sources if isinstance(source, Staged)]
+    layers = sum(source.shape.layers for source in staged)
+    each = sum(source.layer_bytes for source in staged)
+    stay = min(layers, memory.encoder.budget.room() // each) if each else layers
+    return {
+        "documents": len(memory.documents),
+        "tokens": memory.tokens,
+        "chunks": len(memory),
+        "chunk KV bytes": memory.nbytes,
+        "chunk KV bytes in memory": stay * each,
+        "chunk KV bytes from disk a token": (layers - stay) * each,
+    }
 
 
 def _belongs(source: object, paths: Sequence[str | Path]) -> bool:

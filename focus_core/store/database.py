@@ -39,7 +39,8 @@ from focus_core.store.collections import (
 )
 from focus_core.store.filters import select_documents
 from focus_core.store.migration import migrate
-from focus_core.store.segments import SegmentFacts, Segments, Staged, Tensors
+from focus_core.store.segments import SegmentFacts, Segments, StagedSegment, Tensors
+from focus_core.store.tiers import StoredChunk
 from focus_core.text.corpus import Document
 
 PRUNE_AGE = 24 * 3600.0
@@ -152,6 +153,21 @@ class Store:
         if facts is None:
             raise StoreError(f"no chunk {address[:12]} in {self.folder}; index the documents again")
         return self.segments.read(address, facts)
+
+    def stored(self, keys: Iterable[str]) -> list[StoredChunk]:
+        """Return where the chunks of these keys lie, without reading them.
+
+        Raises:
+            StoreError: one is not here.
+        """
+        found = []
+        with self.catalogue.reading() as index:
+            for address in map(self.address, keys):
+                facts = _facts(index, address)
+                if facts is None:
+                    raise StoreError(f"no chunk {address[:12]} in {self.folder}; index the documents again")
+                found.append(StoredChunk(self.segments, address, facts))
+        return found
 
     def put(self, key: str, tensors: Tensors) -> bool:
         """Write one chunk's KV unless it is there; return whether it was not."""
@@ -339,14 +355,14 @@ class Store:
 class _Staging:
     def __init__(self, segments: Segments) -> None:
         self.segments = segments
-        self.items: list[Staged] = []
+        self.items: list[StagedSegment] = []
 
     def stage(self, items: Mapping[str, Tensors]) -> None:
         for key, tensors in items.items():
             self.items.append(self.segments.stage(key, tensors))
 
 
-def _row(item: Staged) -> tuple[str, int, int, str, float]:
+def _row(item: StagedSegment) -> tuple[str, int, int, str, float]:
     return item.key, item.facts.size, item.facts.nbytes, item.facts.to_json(), time.time()
 
 

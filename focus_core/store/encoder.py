@@ -15,6 +15,7 @@ from focus_core.method.kv import KVShape
 from focus_core.method.parallel import Check, kv_shape
 from focus_core.model.families import BaseDecoder
 from focus_core.store.segments import chunk_key
+from focus_core.store.tiers import Budget
 from focus_core.text.chunking import Chunk, Span, cut
 from focus_core.text.corpus import Document
 from focus_core.text.tokenization import TextTokenizer
@@ -65,6 +66,11 @@ class ChunkEncoder:
     def shape(self) -> KVShape:
         """What chunk KV looks like."""
         return kv_shape(self.base, self.config.kv_format)
+
+    @cached_property
+    def budget(self) -> Budget:
+        """Memory that chunk KV on disk may take while it is read."""
+        return Budget(self.config.memory_budget, self.base.device)
 
     def cut(self, document: Document) -> list[Chunk]:
         """Cut a document to the configured chunk size."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from focus_core.store.database import ChunkStore, Store
 from focus_core.store.encoder import ChunkEncoder
 from focus_core.store.migration import DEFAULT_NAME
 from focus_core.store.segments import Tensors
+from focus_core.store.tiers import staged_kv
 from focus_core.text.chunking import Chunk, joined, pack
 from focus_core.text.corpus import Document
 
@@ -50,7 +51,8 @@ class Memory:
         self.encoder, self.store = encoder, store
         self._source: Store | None = None  # looked into for chunk KV where nothing may be written
         self._state = state or MemoryState({}, (), ())
-        self._origin: _Origin | None = None
+        self._origin: _Origin | None = None  # where it was last loaded from or saved to
+        self._origins: dict[tuple[Path, str, str], _Origin] = {}
         self._lock = threading.Lock()
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -207,8 +209,8 @@ class Memory:
         """
         store = folder if isinstance(folder, Store) else Store(folder)
         with self._lock:
-            state, origin = self._state, self._origin
-            known = origin if origin is not None and origin.is_at(store, name) else _Origin(store, name, -1, {})
+            state, origin = self._state, _Origin(store, name, -1, {})
+            known = self._origins.get(origin.place, origin)
             sums = {key: row_sum(document) for key, document in state.documents.items()}
             changed = {key for key, checksum in sums.items() if known.sums.get(key) != checksum}
             removed = known.sums.keys() - sums.keys()
@@ -222,7 +224,7 @@ class Memory:
                 self._put(store, keys, progress)
                 info = store.commit(name, self.encoder.facts(), self.encoder.config.to_dict(), change)
             version = info.version if info.version == known.version + 1 else -1  # others' changes are to be read
-            self._origin = _Origin(store, name, version, sums)
+            self._be_at(_Origin(store, name, version, sums))
 
     def refresh(self) -> bool:
         """Read what other writers have changed in the collection since this was loaded or saved; tell whether any.
@@ -237,7 +239,7 @@ class Memory:
             known = {(chunk.ids, chunk.spans): chunk for chunk in self._state.chunks}
             chunks = [known.get((chunk.ids, chunk.spans), chunk) for _, chunk in contents.chunks]
             self._state = self._become(self._state, contents.documents, chunks)
-            self._origin = _Origin.of(origin.store, contents)
+            self._be_at(_Origin.of(origin.store, contents))
             return True
 
     @classmethod
@@ -248,26 +250,40 @@ class Memory:
         progress: Progress = lambda done, total: None,
         *,
         name: str = DEFAULT_NAME,
+        ids: Collection[str] | None = None,
     ) -> Memory:
-        """Read a collection; nothing is computed and nothing is written.
+        """Open a collection; nothing is computed or written, and chunk KV is read when a question needs it.
+
+        ``FocusConfig.memory_budget`` says how much of it stays in memory; the rest is read again at every step.
 
         Raises:
-            StoreError: there is none, it is damaged, or it was made by other weights or settings.
+            StoreError: there is none, its rows are damaged, or it was made by other weights or settings. Chunk KV that
+                is damaged is refused by the question that reads it.
         """
         store = folder if isinstance(folder, Store) else Store(folder, read_only=True)
-        contents = checked_contents(store, name, encoder)
+        contents = checked_contents(store, name, encoder, ids)
         chunks = [chunk for _, chunk in contents.chunks]
-        loaded, total = 0, sum(len(chunk.ids) for chunk in chunks)
-        groups = equal_chunks(chunks)
-        kv = ChunkKV.allocate(encoder.shape, [len(encoder.row(alike[0])) for alike in groups])
-        for row, alike in enumerate(groups):
-            _read(kv, row, store.get(encoder.key(alike[0])))
-            loaded += sum(len(chunk.ids) for chunk in alike)
-            progress(loaded, total)
+        groups, total = equal_chunks(chunks), sum(len(chunk.ids) for chunk in chunks)
+        keys, lengths = [encoder.key(alike[0]) for alike in groups], [len(encoder.row(alike[0])) for alike in groups]
+        kv = staged_kv(encoder.shape, store.stored(keys), lengths, encoder.budget)
+        if kv is None:  # written by an earlier version
+            kv, loaded = ChunkKV.allocate(encoder.shape, lengths), 0
+            for row, alike in enumerate(groups):
+                _read(kv, row, store.get(keys[row]))
+                loaded += sum(len(chunk.ids) for chunk in alike)
+                progress(loaded, total)
+        progress(total, total)
         slabs = (Slab.of(groups, kv),) if groups else ()
         memory = cls(encoder, None, MemoryState(contents.documents, tuple(chunks), slabs))
-        memory._source, memory._origin = store, _Origin.of(store, contents)
+        memory._source = store
+        memory._be_at(_Origin.of(store, contents))
+        if ids is not None:
+            memory._origin = None  # a part does not follow what others do to the whole
+            return memory if len(contents.documents) == len(set(ids)) else memory.subset(ids)
         return memory
+
+    def _be_at(self, origin: _Origin) -> None:
+        self._origin = self._origins[origin.place] = origin
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -411,14 +427,14 @@ class _Origin:
         sums = {key: row_sum(document) for key, document in contents.documents.items()}
         return cls(store, contents.info.name, contents.info.version, sums)
 
-    def is_at(self, store: Store, name: str) -> bool:
-        same = self.store.folder.resolve() == store.folder.resolve()
-        return same and (self.name, self.store.tenant) == (name, store.tenant)
+    @property
+    def place(self) -> tuple[Path, str, str]:
+        return self.store.folder.resolve(), self.store.tenant, self.name
 
 
-def checked_contents(store: Store, name: str, encoder: ChunkEncoder) -> Contents:
+def checked_contents(store: Store, name: str, encoder: ChunkEncoder, ids: Collection[str] | None = None) -> Contents:
     """Read a collection's rows; refuse those of another model, and chunks that are not what their key says."""
-    contents = store.read(name)
+    contents = store.read(name, ids)
     found, own = contents.info.facts, encoder.facts()
     if found != own:
         differ = ", ".join(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, uint8
 
@@ -39,6 +39,7 @@ Tensors = Mapping[str, Tensor]
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _STALE = 24 * 3600.0
+_MEND = "mend it with `focusllm verify --repair`"
 _numbers = itertools.count()
 
 
@@ -73,7 +74,7 @@ class SegmentFacts:
 
 
 @dataclass(frozen=True)
-class Staged:
+class StagedSegment:
     """A segment that is written and synced, but not in its place."""
 
     key: str
@@ -97,7 +98,7 @@ class Segments:
             raise StoreError(f"{key[:80]!r} is no key of chunk KV (64 hex digits); {self.folder} is not to be trusted")
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def stage(self, key: str, tensors: Tensors) -> Staged:
+    def stage(self, key: str, tensors: Tensors) -> StagedSegment:
         """Write a segment beside its place and wait until the disk has it."""
         self.path(key)
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -110,9 +111,11 @@ class Segments:
             partial.unlink(missing_ok=True)
             raise
         nbytes = sum(tensor.nbytes for tensor in plain.values())
-        return Staged(key, partial, SegmentFacts(len(data), nbytes, {name: describe(plain[name]) for name in plain}))
+        return StagedSegment(
+            key, partial, SegmentFacts(len(data), nbytes, {name: describe(plain[name]) for name in plain})
+        )
 
-    def publish(self, staged: Iterable[Staged]) -> None:
+    def publish(self, staged: Iterable[StagedSegment]) -> None:
         """Move staged segments to their places and wait until the disk knows; the caller holds the write lock."""
         folders = set()
         for item in staged:
@@ -137,18 +140,36 @@ class Segments:
         Raises:
             StoreError: it is absent, or not what was written.
         """
-        again = "mend it with `focusllm verify --repair`"
         try:
             data = self._bytes(self.path(key))
         except OSError as error:
-            raise StoreError(f"chunk {key[:12]} of {self.folder} cannot be read ({error}); {again}") from error
+            raise StoreError(f"chunk {key[:12]} of {self.folder} cannot be read ({error}); {_MEND}") from error
         try:
             tensors = load(data)
         except (SafetensorError, ValueError, KeyError) as error:
-            raise StoreError(f"chunk {key[:12]} of {self.folder} is damaged ({error}); {again}") from error
+            raise StoreError(f"chunk {key[:12]} of {self.folder} is damaged ({error}); {_MEND}") from error
         if {name: describe(tensor) for name, tensor in tensors.items()} != facts.tensors:
-            raise StoreError(f"chunk {key[:12]} of {self.folder} is damaged (checksum differs); {again}")
+            raise StoreError(f"chunk {key[:12]} of {self.folder} is damaged (checksum differs); {_MEND}")
         return tensors
+
+    def read_layer(self, key: str, facts: SegmentFacts, layer: int) -> dict[str, Tensor]:
+        """Return one layer of a segment's tensors, (...) each, without reading the others.
+
+        Raises:
+            StoreError: it is absent, or not what was written.
+        """
+        try:
+            if not self.whole(key, facts.size):
+                raise OSError(errno.EINVAL, "it is lost or cut")
+            self._inside(self.path(key).parent)
+            with safe_open(self.path(key), framework="pt") as file:
+                found = {name: file.get_slice(name)[layer].contiguous() for name in facts.tensors}
+            sums = {name: describe(tensor.unsqueeze(0))["sums"][0] for name, tensor in found.items()}
+        except (OSError, SafetensorError, ValueError, KeyError, IndexError) as error:
+            raise StoreError(f"chunk {key[:12]} of {self.folder} cannot be read ({error}); {_MEND}") from error
+        if any(sums[name] != facts.tensors[name]["sums"][layer] for name in sums):
+            raise StoreError(f"chunk {key[:12]} of {self.folder} is damaged (checksum differs); {_MEND}")
+        return found
 
     def delete(self, key: str) -> None:
         """Remove a segment; the caller holds the write lock."""

@@ -275,7 +275,7 @@ def test_damaged_chunks_are_refused_and_can_be_indexed_again(make_engine, tmp_pa
     path = next((tmp_path / "m" / "kv").rglob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(StoreError, match="verify --repair"):
-        engine.load_memory(tmp_path / "m")
+        engine.answer("who?", engine.load_memory(tmp_path / "m"), max_tokens=1)
     assert repair_collection(store, "default", engine.encoder) == 1
     assert store.verify() == []
     path.unlink()

@@ -123,3 +123,23 @@ def test_filters_say_what_they_cannot_do(store):
     for where in ({"n": {"$near": 1}}, {"n": [1]}, {"n": {"$in": 3}}, {"n": 10**30}, {"n": {"$gt": None}}):
         with pytest.raises(ConfigError):
             store.select("y", where)
+
+
+def test_a_memory_of_the_documents_that_fit(make_engine, tmp_path):
+    """where= opens what a subset of the whole would be, packed neighbours too, and saving it loses nobody else."""
+    engine = make_engine()
+    documents = [Document(str(number), f"the cat {number}", {"year": 2000 + number}) for number in range(4)]
+    for packed in (False, True):
+        folder = tmp_path / str(packed)
+        whole = engine.remember([])
+        whole.add(documents, packed=packed)
+        whole.save(folder)
+        part = engine.load_memory(folder, where={"year": {"$gte": 2002}})
+        assert part.documents == documents[2:]
+        expected = engine.answer("who?", whole.subset(["2", "3"]), max_tokens=3)
+        assert engine.answer("who?", part, max_tokens=3).text == expected.text
+        if not packed:
+            part.remove(["2"])
+            part.save(folder)
+            assert [one.id for one in engine.load_memory(folder).documents] == ["0", "1", "3"]
+    assert engine.load_memory(folder, where={"year": 1}).documents == []

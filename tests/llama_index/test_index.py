@@ -270,7 +270,7 @@ def test_what_is_not_an_index_is_refused(index, llm, make_engine, tmp_path):
     chunk = next((damaged / "focus_memory" / "kv").rglob("*.safetensors"))
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
     with pytest.raises(StoreError, match="checksum differs"):
-        FocusMemoryIndex.load(damaged, llm)
+        FocusMemoryIndex.load(damaged, llm).as_query_engine().query("who?")
     for content, message in (
         (b"{", "is damaged"),
         (b'{"format": 9, "files": {}, "index_id": "", "metadata_mode": ""}', "has format 9"),
