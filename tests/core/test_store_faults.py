@@ -368,11 +368,9 @@ def test_names_of_any_bytes_are_saved(make_engine, tmp_path):
     (tmp_path / os.fsdecode(b"weird\xff.txt")).write_bytes(TEXT.encode())
     engine = make_engine()
     engine.remember(load_documents([tmp_path])).save(tmp_path / "m")
-    engine.remember([Document("\udcff", TEXT, {"k": "\ud800"})]).save(tmp_path / "m")
-    first, second = engine.load_memory(tmp_path / "m").documents
-    assert first.id.endswith("weird\\xff.txt")
-    first.id.encode()
-    assert (second.id, second.metadata) == ("\udcff", {"k": "\ud800"})
+    (document,) = engine.load_memory(tmp_path / "m").documents
+    assert document.id.endswith("weird\\xff.txt")
+    document.id.encode()
 
 
 # -- conversations ----------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def encoded_chunks(monkeypatch) -> list[int]:
     counts: list[int] = []
     plain = memory.encode_chunks
     monkeypatch.setattr(
-        memory, "encode_chunks", lambda base, rows, check: counts.append(len(rows)) or plain(base, rows, check)
+        memory, "encode_chunks", lambda base, rows, *more: counts.append(len(rows)) or plain(base, rows, *more)
     )
     return counts
 
