@@ -15,7 +15,7 @@ import torch
 
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
-from focus_core.method.parallel import encode_chunks
+from focus_core.method.encoding import encode_chunks
 from focus_core.store.memory import Memory
 from focus_core.text.corpus import Document
 

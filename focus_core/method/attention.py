@@ -9,11 +9,15 @@ knows nothing of chunks, layers or models.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from focus_core.hardware import is_out_of_memory
 
 if TYPE_CHECKING:
     from focus_core.method.kv import Alike, LayerKV
@@ -27,7 +31,8 @@ def hidden_score(dtype: torch.dtype) -> float:
     return max(HIDDEN, torch.finfo(dtype).min)
 
 
-_FEW_ROWS = 16  # up to so many rows of a chunk, merging blocks costs less than gathering their keys
+_KERNELS: tuple[str, ...] = ("cuda",)  # kinds of devices whose chunk attention is Triton's; none once it has failed
+_FEW_ROWS = 64  # up to so many rows of a chunk and KV head, merging blocks costs less than gathering their keys
 
 
 class Part(NamedTuple):
@@ -48,6 +53,27 @@ def fold_heads(query: Tensor, kv_heads: int) -> Tensor:
     return query.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
 
 
+def by_chunk(packed: Tensor, chunks: int) -> Tensor:
+    """(1, heads, chunks * rows, head_dim) -> (chunks, heads, rows, head_dim)."""
+    _, heads, rows, dim = packed.shape
+    return packed.reshape(heads, chunks, rows // chunks, dim).transpose(0, 1)
+
+
+def rows_by_chunk(packed: Tensor, chunks: int, split: int) -> Tensor:
+    """(1, heads, chunks * (m + T), head_dim), ``split`` ordinary rows first -> (chunks, heads, m + T, head_dim)."""
+    if split == chunks and packed.shape[2] == 2 * chunks:
+        return packed[0].reshape(packed.shape[1], 2, chunks, -1).permute(2, 0, 1, 3)
+    if split in (0, packed.shape[2]):
+        return by_chunk(packed, chunks)
+    return torch.cat([by_chunk(packed[:, :, :split], chunks), by_chunk(packed[:, :, split:], chunks)], dim=2)
+
+
+def packed_rows(out: Tensor) -> Tensor:
+    """(chunks, heads, rows, head_dim) -> (1, chunks * rows, heads, head_dim)."""
+    chunks, heads, rows, dim = out.shape
+    return out.transpose(1, 2).reshape(1, chunks * rows, heads, dim)
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, scale: float, *, softcap: float | None = None, bias: Tensor | None = None
 ) -> Part:
@@ -59,7 +85,8 @@ def attend(
         value: like ``key``.
         scale: multiplies the scores.
         softcap: if given, scores become ``softcap * tanh(score / softcap)`` (gemma2).
-        bias: (batch or 1, 1, rows or 1, keys), added to the scores; :data:`HIDDEN` hides a key.
+        bias: (batch or 1, 1, 1 or rows or heads / kv_heads * rows, keys), added to the scores; :data:`HIDDEN` hides a
+            key.
 
     Returns:
         ``out`` in the dtype of ``query``, ``lse`` in float32 (float64 for float64 input).
@@ -67,7 +94,7 @@ def attend(
     batch, heads, rows, dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     folded = fold_heads(query, kv_heads)
-    if bias is not None and bias.shape[2] != 1:
+    if bias is not None and bias.shape[2] not in (1, folded.shape[2]):
         bias = bias.repeat(1, 1, heads // kv_heads, 1)
     if _flash_applies(query, key, value, softcap):
         mask = None if bias is None else _narrow(bias, query.dtype).expand(batch, 1, folded.shape[2], keys)
@@ -96,6 +123,72 @@ def attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, *, so
             )
         )
     return attend(query, key, value, scale, softcap=softcap, bias=causal_bias(rows, rows, query.device))
+
+
+class Front(NamedTuple):
+    """Attention of local rows over local keys and the candidates in front of them.
+
+    Args:
+        out: (batch, heads, rows, head_dim).
+        lse: (batch, heads, rows) of all scores; of those of the local keys alone where it was not asked for.
+        mass: (batch, heads, rows, candidates) share of the attention that each candidate received.
+    """
+
+    out: Tensor
+    lse: Tensor
+    mass: Tensor
+
+
+def attend_front(
+    local: Part,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    top: int,
+    lowered: float,
+    *,
+    softcap: float | None = None,
+    with_lse: bool = False,
+) -> Front:
+    """Attend from local rows to candidates and, in the same softmax, to the local keys of ``local``.
+
+    Args:
+        local: attention of the same rows over local keys.
+        query: (batch, heads, rows, head_dim).
+        key: (batch, kv_heads, candidates, head_dim).
+        value: like ``key``.
+        scale: multiplies the scores.
+        top: candidates of the highest score that a head attends to; 0 for all.
+        lowered: taken off every candidate's score.
+        softcap: as in :func:`attend`.
+        with_lse: whether the result's ``lse`` is wanted.
+    """
+    batch, heads, rows, dim = query.shape
+    kv_heads, count = key.shape[1], key.shape[2]
+    folded = fold_heads(query, kv_heads).reshape(batch * kv_heads, -1, dim)
+    flat = _widen(key).reshape(batch * kv_heads, count, dim)
+    scores = torch.baddbmm(_zero(flat.dtype, flat.device), _widen(folded), flat.transpose(1, 2), beta=0, alpha=scale)
+    best = _cap(scores, softcap).view(batch, heads, rows, count)
+    places = None
+    if 0 < top < count:
+        best, places = best.topk(top, dim=-1)
+    if lowered:
+        best = best - lowered
+    scores = torch.cat([best, local.lse.unsqueeze(-1)], dim=-1)  # all local keys count as one
+    mass = torch.softmax(scores, dim=-1)
+    share = mass[..., -1:]
+    mass = mass[..., :-1]
+    if places is not None:
+        mass = mass.new_zeros(batch, heads, rows, count).scatter(-1, places, mass)
+    seen = (fold_heads(mass.to(value.dtype), kv_heads) @ value).view(batch, heads, rows, dim)
+    out = (share * local.out + seen).to(query.dtype)
+    return Front(out, torch.logsumexp(scores, dim=-1) if with_lse else local.lse, mass)
+
+
+@lru_cache(maxsize=16)
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(1, 1, 1, dtype=dtype, device=device)
 
 
 def attend_top(
@@ -131,8 +224,8 @@ def attend_self(query: Tensor, key: Tensor, value: Tensor, scale: float, *, soft
 
 def attend_chunks(
     query: Tensor, kv: LayerKV, scale: float, *, softcap: float | None = None, others: Sequence[Part] = ()
-) -> Part:
-    """Attend from rows behind each chunk to that chunk, and merge with what they attend to besides.
+) -> Tensor:
+    """Attend from rows behind each chunk to that chunk and, in the same softmax, to what they attend to besides.
 
     Args:
         query: (chunks, heads, rows, head_dim).
@@ -140,24 +233,45 @@ def attend_chunks(
         scale: multiplies the scores.
         softcap: as in :func:`attend`.
         others: attention of the same rows over other keys.
+
+    Returns:
+        (chunks, heads, rows, head_dim).
     """
-    if query.shape[2] > _FEW_ROWS or not len(kv.table.owner):
-        return merge([_attend_whole(query, kv, scale, softcap), *others])
-    table, dim = kv.table, query.shape[3]
+    table, (chunks, heads, rows, dim) = kv.table, query.shape
+    if query.device.type in _KERNELS:
+        body = _by_kernel(query, kv, scale, softcap)
+        if body is not None:
+            return merge([body, *others]).out
+    if rows * heads > _FEW_ROWS * kv.kv_heads or not len(table.owner):
+        return merge([_attend_whole(query, kv, scale, softcap), *others]).out
     keys, values = (_in_parts(tensor, len(table.owner)) for tensor in (kv.keys(), kv.values()))
     own = kv.query(query.index_select(0, table.owner), table.slots)
     body = attend(own, keys, values, scale, softcap=softcap, bias=table.bias)
-    lses, outs = [body.lse], [kv.format.out(body.out)]
-    for part in others:
-        lses.append(part.lse)
-        outs.append(part.out)
+    lse, out = kv.table.nothing(heads, rows, dim, body.lse.dtype, query.dtype)
     places = table.places(len(others))
-    none = [lses[0].new_full((1, *lses[0].shape[1:]), HIDDEN), outs[0].new_zeros(1, *outs[0].shape[1:3], dim)]
-    lse = torch.cat([*lses, none[0]])[places]  # (chunks, parts, heads, rows)
-    total = torch.logsumexp(lse, dim=1)
-    weights = torch.exp(lse - total.unsqueeze(1))
-    out = (weights.unsqueeze(-1) * torch.cat([*outs, none[1]])[places]).sum(1)
-    return Part(out.to(query.dtype), total)
+    lses = torch.cat([body.lse, *(part.lse for part in others), lse]).index_select(0, places)
+    outs = torch.cat([kv.format.out(body.out), *(part.out for part in others), out]).index_select(0, places)
+    weights = torch.softmax(lses.view(chunks, -1, heads, rows), dim=1)  # over the parts of each chunk
+    mixed = weights.unsqueeze(-1) * outs.view(chunks, -1, heads, rows, dim)
+    return mixed.sum(1).to(query.dtype)
+
+
+def _by_kernel(query: Tensor, kv: LayerKV, scale: float, softcap: float | None) -> Part | None:
+    """Attend to the chunks' blocks in one Triton kernel; ``None`` where that cannot be done here."""
+    global _KERNELS
+    wants_grad = torch.is_grad_enabled() and query.requires_grad
+    if query.dtype == torch.float64 or (wants_grad and kv.format.name == "int4"):
+        return None
+    try:
+        from focus_core.method import kernels
+
+        return kernels.attend_body(query, kv, scale, softcap)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        _KERNELS = ()
+        warnings.warn(f"attention goes on without Triton kernels ({error})", stacklevel=2)
+        return None
 
 
 def _attend_whole(query: Tensor, kv: LayerKV, scale: float, softcap: float | None) -> Part:

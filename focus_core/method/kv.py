@@ -10,113 +10,24 @@ format's affair, where they lie that of a source. Nothing here runs a model.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from focus_core.config import KVFormat
 from focus_core.method.attention import hidden_score
-from focus_core.method.formats import Array, BaseFormat, format_of
+from focus_core.method.formats import BaseFormat, format_of
+from focus_core.method.sources import FIRST, KVShape, Resident, Source
 
 _BLOCKS = (32, 64, 128, 256, 512)
 _BLOCK_COST = 16  # tokens that one more block is worth
-FIRST = 4
-"""Tokens at the head of a chunk that stay in the base's dtype."""
 _LIVE = 0.75  # a smaller share of blocks in use makes a copy of those worth while
 _SPARE = 0.25  # room that a growing source takes beside what it needs
-
-
-@dataclass(frozen=True)
-class KVShape:
-    """What chunk KV of one base looks like.
-
-    Args:
-        layers: of the base, but the last.
-        kv_heads: of a layer.
-        head_dim: of a head.
-        dtype: of the base.
-        device: where it is read.
-        format: how it is written.
-    """
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-    format: KVFormat = "base"
-
-    @cached_property
-    def arrays(self) -> dict[str, Array]:
-        """All arrays of a layer, those of the first tokens included."""
-        first = {
-            name: Array("chunk", (self.kv_heads, FIRST, self.head_dim), self.dtype)
-            for name in ("first_keys", "first_values")
-        }
-        return {**format_of(self.format).arrays(self.kv_heads, self.head_dim, self.dtype), **first}
-
-    def nbytes(self, tokens: int, chunks: int) -> int:
-        """Bytes of so many tokens in blocks and so many chunks."""
-        total = 0
-        for array in self.arrays.values():
-            entry = array.dtype.itemsize * int(torch.Size(array.shape).numel())
-            total += entry * (chunks if array.per == "chunk" else tokens * self.kv_heads)
-        return total * self.layers
-
-
-class Source(Protocol):
-    """Where the arrays of chunk KV lie, in blocks of ``block`` tokens."""
-
-    block: int
-
-    def layer(self, index: int) -> Mapping[str, Tensor]:
-        """Return a layer's arrays by name: (kv_heads, tokens, ...) or (chunks, ...), ready to be read."""
-
-
-class Resident:
-    """Arrays in the memory of the device that reads them, with room that is given away once.
-
-    Args:
-        shape: of the chunk KV.
-        tokens: room, a multiple of ``block``.
-        chunks: room.
-        block: tokens of a block.
-    """
-
-    def __init__(self, shape: KVShape, tokens: int, chunks: int, block: int) -> None:
-        self.tokens, self.chunks, self.block = tokens, chunks, block
-        self._lock, self._taken = threading.Lock(), (0, 0)
-        self._layers = [
-            {  # zeroed, so that what is hidden never holds NaN
-                name: torch.zeros(
-                    ((chunks,) if array.per == "chunk" else (shape.kv_heads, tokens)) + array.shape,
-                    dtype=array.dtype,
-                    device=shape.device,
-                )
-                for name, array in shape.arrays.items()
-            }
-            for _ in range(shape.layers)
-        ]
-
-    def layer(self, index: int) -> Mapping[str, Tensor]:
-        """Return a layer's arrays."""
-        return self._layers[index]
-
-    def take(self, tokens: int, chunks: int) -> tuple[int, int] | None:
-        """Give away room; return where it begins, or ``None`` if there is not so much."""
-        with self._lock:
-            start, slot = self._taken
-            if start + tokens > self.tokens or slot + chunks > self.chunks:
-                return None
-            self._taken = (start + tokens, slot + chunks)
-            return start, slot
 
 
 class Alike(NamedTuple):
@@ -146,6 +57,9 @@ class Table:
         pieces: (chunks, most) numbers of a chunk's blocks; ``len(owner)`` where it has fewer than ``most``.
         bias: (blocks, 1, 1, block) hides what is behind the end of a chunk.
         alike: the chunks by number of blocks.
+        starts: (chunks,) first token of each chunk's blocks, among those read.
+        bodies: (chunks,) tokens of each chunk in blocks.
+        chunk_slots: (chunks,) where the arrays by chunk hold each.
     """
 
     first: int
@@ -154,20 +68,33 @@ class Table:
     pieces: Tensor
     bias: Tensor
     alike: tuple[Alike, ...]
-    _places: dict[int, Tensor] = field(default_factory=dict)
+    starts: Tensor
+    bodies: Tensor
+    chunk_slots: Tensor
+    _made: dict[tuple[object, ...], tuple[Tensor, ...]] = field(default_factory=dict)
 
     def places(self, others: int) -> Tensor:
-        """(chunks, most + others): where a chunk's parts lie behind each other, and ``others`` more, one a chunk each.
+        """(chunks * (most + others),): where a chunk's parts lie behind each other, and ``others`` more, one a chunk.
 
         All parts over blocks come first, then for each of the others one a chunk, then one that counts nothing.
         """
-        if others not in self._places:
+        if (others,) not in self._made:
             blocks, chunks = len(self.owner), len(self.pieces)
             own = self.pieces.masked_fill(self.pieces == blocks, blocks + others * chunks)
             rows = torch.arange(chunks, device=own.device)
             more = [blocks + number * chunks + rows for number in range(others)]
-            self._places[others] = torch.cat([own, *(item[:, None] for item in more)], dim=1)
-        return self._places[others]
+            self._made[others,] = (torch.cat([own, *(item[:, None] for item in more)], dim=1).flatten(),)
+        return self._made[others,][0]
+
+    def nothing(self, heads: int, rows: int, dim: int, wide: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return ``lse`` and ``out`` of the part that counts nothing."""
+        if (heads, rows, dim, wide, dtype) not in self._made:
+            device = self.owner.device
+            lse = torch.full((1, heads, rows), hidden_score(wide), dtype=wide, device=device)
+            out = torch.zeros(1, heads, rows, dim, dtype=dtype, device=device)
+            self._made[heads, rows, dim, wide, dtype] = (lse, out)
+        lse, out = self._made[heads, rows, dim, wide, dtype]
+        return lse, out
 
 
 class LayerKV(NamedTuple):
@@ -184,6 +111,11 @@ class LayerKV(NamedTuple):
     format: BaseFormat
     table: Table
     dtype: torch.dtype
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of the layer."""
+        return self.arrays["keys"].shape[0]
 
     def query(self, query: Tensor, slots: Tensor) -> Tensor:
         """Return queries (n, heads, rows, width) that score :meth:`keys`, for chunks in these slots."""
@@ -267,6 +199,9 @@ class ChunkKV:
             self._index(pieces).reshape(self.size, most),
             bias[:, None, None],
             tuple(self._alike(pieces, last - first)),
+            self._index([start - first * size for start in self.starts]),
+            self._index([max(0, length - FIRST) for length in self.lengths]),
+            self._index(self.slots),
         )
 
     def _alike(self, pieces: Sequence[Sequence[int]], none: int) -> Iterator[Alike]:
@@ -514,10 +449,10 @@ def _consecutive(numbers: Sequence[int]) -> bool:
 
 
 def rotation(inverse_frequencies: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (rows, rotary_dim) cosine and sine that move keys by ``delta`` (rows,) positions."""
+    """Return the (rows, rotary_dim) cosine and signed sine that move keys by ``delta`` (rows,) positions."""
     angles = delta.to(inverse_frequencies.dtype)[:, None] * inverse_frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    sine = angles.sin()
+    return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([-sine, sine], dim=-1)
 
 
 def rotations(frequencies: Sequence[Tensor], delta: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -542,6 +477,5 @@ def move_keys(keys: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
     cos, sin = turn
     dim = cos.shape[-1]
     part = keys[..., :dim].to(cos.dtype)
-    half = torch.cat([-part[..., dim // 2 :], part[..., : dim // 2]], dim=-1)
-    moved = (part * cos + half * sin).to(keys.dtype)
+    moved = torch.addcmul(part * cos, part.roll(dim // 2, -1), sin).to(keys.dtype)
     return moved if dim == keys.shape[-1] else torch.cat([moved, keys[..., dim:]], dim=-1)

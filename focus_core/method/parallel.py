@@ -9,41 +9,39 @@ is cancelled leaves what was committed before it unchanged.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from focus_core.config import CandidateBias, FocusConfig, KVFormat, Positions, TrainConfig
+from focus_core.config import CandidateBias, FocusConfig, Positions, TrainConfig
 from focus_core.errors import ContextTooLongError
 from focus_core.method.attention import (
-    HIDDEN,
+    Front,
     Part,
     attend,
     attend_causal,
     attend_chunks,
-    attend_self,
-    attend_top,
+    attend_front,
     causal_bias,
-    merge,
+    fold_heads,
+    hidden_score,
+    packed_rows,
+    rows_by_chunk,
     scores_of,
 )
-from focus_core.method.kv import FIRST, ChunkKV, KVShape, move_keys, rotations
+from focus_core.method.encoding import Check, never
+from focus_core.method.kv import ChunkKV, move_keys, rotations
+from focus_core.method.sources import FIRST
 from focus_core.method.suffix import GrowingKV, Suffix
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 
-Check = Callable[[], None]
-"""Called between layers; raises to cancel."""
-
 _FEW = 0.25  # a smaller share of a batch's chunks is copied when the others are left out
-
-
-def _never() -> None:
-    return None
 
 
 # -- positions --------------------------------------------------------------------------------------------------
@@ -62,56 +60,6 @@ def local_start(chunks: int, positions: Positions) -> int:
 def sink_before(local: Sequence[int], sink: int | None) -> list[int]:
     """Return what stands before a local context: the sink, unless there is none or the context begins with it."""
     return [] if sink is None or (len(local) > 0 and local[0] == sink) else [sink]
-
-
-# -- chunk pass -------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def encode_chunks(
-    base: BaseDecoder, rows: Sequence[Sequence[int]], check: Check = _never, into: ChunkKV | None = None
-) -> ChunkKV:
-    """Run the chunk pass: each row attends to itself alone, at positions 0.. (method step 1).
-
-    Args:
-        base: the frozen decoder.
-        rows: token ids of each chunk, its sink included; they may differ in length.
-        check: called between layers, may raise to cancel.
-        into: room for these rows; made if not given.
-
-    Returns:
-        Chunk KV of all layers but the last, whose KV no candidate reads.
-    """
-    lengths = tuple(len(row) for row in rows)
-    kv = into or ChunkKV.allocate(kv_shape(base), lengths)
-    ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.as_tensor(row)
-    ids = ids.to(base.device)
-    positions = torch.arange(ids.shape[1], device=base.device).expand_as(ids)
-
-    def store_and_attend(
-        layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
-    ) -> Tensor:
-        kv.write(layer, key, value)
-        if softcap is not None:
-            return attend_causal(query, key, value, scale, softcap=softcap).out.transpose(1, 2)
-        groups = query.shape[1] > key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups)
-        return out.transpose(1, 2)
-
-    hidden = base.embed(ids, positions)
-    rope = base.rope(hidden, positions[:1])
-    with base.own_attention():
-        for layer in range(base.num_layers - 1):
-            check()
-            hidden = base.run_layer(layer, hidden, rope, store_and_attend)
-    return kv
-
-
-def kv_shape(base: BaseDecoder, written: KVFormat = "base") -> KVShape:
-    """Return what chunk KV of a base looks like."""
-    return KVShape(base.num_layers - 1, base.num_kv_heads, base.head_dim, base.dtype, base.device, written)
 
 
 # -- rows of a sweep --------------------------------------------------------------------------------------------
@@ -145,7 +93,7 @@ class ChunkRows:
     turns: list[tuple[Tensor, Tensor]] | None = None
     keys: Tensor = field(init=False)
     values: Tensor = field(init=False)
-    _suffix_bias: Tensor | None = None
+    _tail_bias: Tensor | None = None
     _copies: Tensor | None = None
 
     def beside(self, numbers: Mapping[int, int]) -> ChunkRows:
@@ -184,15 +132,7 @@ class ChunkRows:
     def prepare(self, base: BaseDecoder, positions: Positions) -> None:
         """Make masks and the rotation that brings candidate keys in front of the local row."""
         device = base.device
-        rows, targets, seen = len(self.ordinary), len(self.candidates), self.suffix.used + len(self.ordinary)
-        self._suffix_bias = self.chunks.first_hidden()
-        if self._suffix_bias is not None:
-            self._suffix_bias = F.pad(self._suffix_bias, (0, seen))
-        if seen and (rows > 1 or bool((self.visible < seen).any())):
-            candidate = torch.arange(seen, device=device) >= self.visible.to(device)[:, None]
-            candidate_bias = torch.zeros(1, 1, targets, seen, device=device).masked_fill_(candidate, HIDDEN)
-            causal = F.pad(torch.cat([causal_bias(rows, seen, device), candidate_bias], dim=2), (FIRST, 0))
-            self._suffix_bias = causal if self._suffix_bias is None else causal + self._suffix_bias
+        self._tail_bias = self._hidden_tail(base)
         self._copies = None
         lengths = torch.tensor(self.chunks.lengths)
         if self.rows is not None and list(self.rows) != list(range(self.chunks.size)):
@@ -203,6 +143,21 @@ class ChunkRows:
             there = torch.tensor(list(candidate_positions(self.total, positions)))
             delta = (there[list(self.indices), None] - here).flatten().to(device)
             self.turns = rotations(base.frequencies, delta.to(device))
+
+    def _hidden_tail(self, base: BaseDecoder) -> Tensor:
+        """Return what each row sees of the first tokens, the suffix and the new rows, candidates last.
+
+        (chunks or 1, 1, heads / kv_heads * rows, FIRST + suffix + m + T)
+        """
+        rows, targets = len(self.ordinary), len(self.candidates)
+        seen, columns = self.suffix.used + rows, torch.arange(self.suffix.used + rows + targets)
+        last = torch.cat([self.suffix.used + torch.arange(rows), self.visible - 1])
+        own = torch.arange(-rows, targets) + seen  # a candidate's own key; an ordinary row is behind its own
+        hidden = (columns > last[:, None]) & (columns != own[:, None])
+        bias = torch.zeros(hidden.shape).masked_fill_(hidden, hidden_score(base.dtype))
+        bias = F.pad(bias.to(base.device, base.dtype), (FIRST, 0)).repeat(base.num_heads // base.num_kv_heads, 1)
+        first = self.chunks.first_hidden()
+        return bias[None, None] if first is None else bias + F.pad(first, (0, len(columns)))
 
     def ids(self) -> tuple[Tensor, Tensor]:
         """Return (chunks * m,) ordinary and (chunks * T,) candidate ids."""
@@ -231,39 +186,23 @@ class ChunkRows:
             (1, chunks * (m + T), heads, head_dim).
         """
         count, targets = self.chunks.size, len(self.candidates)
-        split = key.shape[2] - count * targets
-        candidate_key, candidate_value = key[:, :, split:], value[:, :, split:]
-        kv_heads = key.shape[1]
-        shown_key, shown_value = self._shown(candidate_key), self._shown(candidate_value)
-        moved, dim, chunks = (
-            move_keys(shown_key, self.turns[layer] if self.turns else None),
-            key.shape[3],
-            len(self.indices),
-        )
+        split, (_, kv_heads, _, dim) = key.shape[2] - count * targets, key.shape
+        turn, chunks = self.turns[layer] if self.turns else None, len(self.indices)
+        moved = move_keys(self._shown(key[:, :, split:]), turn)
         self.keys = moved.reshape(kv_heads, chunks, targets, dim).permute(2, 0, 1, 3)  # (T, kv_heads, chunks, head_dim)
-        self.values = shown_value.reshape(kv_heads, chunks, targets, dim).permute(2, 0, 1, 3)
+        self.values = self._shown(value[:, :, split:]).reshape(kv_heads, chunks, targets, dim).permute(2, 0, 1, 3)
         if layer == self.chunks.shape.layers:  # the base's last layer
             return query.new_zeros(1, query.shape[2], query.shape[1], query.shape[3])
-
-        ordinary_rows = split // count
-        rows = torch.cat([by_chunk(query[:, :, :split], count), by_chunk(query[:, :, split:], count)], dim=2)
-        suffix_key, suffix_value = self.suffix.write(
-            layer, by_chunk(key[:, :, :split], count), by_chunk(value[:, :, :split], count)
-        )
-        behind = attend(rows, suffix_key, suffix_value, scale, softcap=softcap, bias=self._suffix_bias)
+        rows, tail_key, tail_value = (rows_by_chunk(tensor, count, split) for tensor in (query, key, value))
+        _, heads, each, _ = rows.shape
+        rows = fold_heads(rows, kv_heads)
+        tail_key, tail_value = self.suffix.write(layer, tail_key, tail_value)
+        behind = attend(rows, tail_key, tail_value, scale, softcap=softcap, bias=self._tail_bias)
         seen = attend_chunks(rows, self.chunks.layer(layer), scale, softcap=softcap, others=[behind])
-        if not targets:
-            return packed_rows(seen.out)
-        ordinary = seen.out[:, :, :ordinary_rows]
-        own = attend_self(
-            rows[:, :, ordinary_rows:],
-            by_chunk(candidate_key, count),
-            by_chunk(candidate_value, count),
-            scale,
-            softcap=softcap,
-        )
-        before = Part(seen.out[:, :, ordinary_rows:], seen.lse[:, :, ordinary_rows:])
-        candidate = merge([before, own]).out
+        seen = seen.reshape(count, heads, each, dim)
+        if split == count == split * targets:
+            return seen.permute(2, 0, 1, 3).reshape(1, 2 * count, heads, dim)
+        ordinary, candidate = torch.split(seen, [split // count, targets], dim=2)
         return torch.cat([packed_rows(ordinary), packed_rows(candidate)], dim=1)
 
     def _shown(self, candidates: Tensor) -> Tensor:
@@ -365,11 +304,10 @@ class LocalRows:
         if not shown:
             self._record(layer, query, key, None, local, scale, softcap)
             return local.out.transpose(1, 2)
-        candidate_key = torch.cat([group.keys for group in shown], dim=2)  # (T, kv_heads, k, head_dim)
-        candidate_value = torch.cat([group.values for group in shown], dim=2)
-        merged = merge([local, self._attend_candidates(query, candidate_key, candidate_value, scale, softcap)])
-        self._record(layer, query, key, candidate_key, merged, scale, softcap)
-        return merged.out.transpose(1, 2)
+        key_front, value_front = _joined([group.keys for group in shown]), _joined([group.values for group in shown])
+        front = self._attend_candidates(local, query, key_front, value_front, scale, softcap)
+        self._record(layer, query, key, front, local, scale, softcap)
+        return front.out.transpose(1, 2)
 
     def _lacks(self, layer: int) -> bool:
         return self.absent is not None and self.cache is not None and layer == self.cache.data.shape[0] - 1
@@ -385,24 +323,20 @@ class LocalRows:
         layer: int,
         query: Tensor,
         key: Tensor,
-        candidates: Tensor | None,
-        seen: Part,
+        front: Front | None,
+        local: Part,
         scale: float,
         softcap: float | None,
     ) -> None:
         """Keep the mass of the last row: (heads, candidates + spans) of this layer."""
         if not self.record:
             return
-        last, lse = query[:, :, -1:], seen.lse[0, :, -1:]
-        if candidates is None:
+        last = query[:, :, -1:]
+        lse = (local if front is None else front).lse[0, :, -1:]
+        if front is None:
             mass = query.new_zeros(query.shape[1], sum(len(group.indices) for group in self.groups)).float()
         else:
-            scores = scores_of(last, candidates[-1:], scale, softcap)[0, :, 0]
-            if 0 < self.scoring.top < scores.shape[1]:
-                unseen = torch.ones_like(scores, dtype=torch.bool)
-                unseen.scatter_(1, scores.topk(self.scoring.top, dim=1).indices, False)
-                scores = scores.masked_fill(unseen, HIDDEN)
-            mass = torch.exp(scores - self.scoring.lowered(scores.shape[1]) - lse)
+            mass = front.mass[0, :, -1]
         if self.spans and self._lacks(layer):
             mass = torch.cat([mass, mass.new_zeros(mass.shape[0], len(self.spans))], dim=1)
         elif self.spans:
@@ -411,18 +345,31 @@ class LocalRows:
         self.mass.append(mass)
 
     def _attend_candidates(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
-    ) -> Part:
-        top, lowered = self.scoring.top or key.shape[2], self.scoring.lowered(key.shape[2])
-        first = attend_top(query[:, :, : self.shared_rows], key[:1], value[:1], scale, top, softcap=softcap)
-        if query.shape[2] == self.shared_rows:
-            return first._replace(lse=first.lse - lowered)
-        each = query[0, :, self.shared_rows :].transpose(0, 1).unsqueeze(2)  # (T - 1, heads, 1, head_dim)
-        later = attend_top(each, key[1:], value[1:], scale, top, softcap=softcap)
-        return Part(
-            torch.cat([first.out, later.out.squeeze(2).transpose(0, 1).unsqueeze(0)], dim=2),
-            torch.cat([first.lse, later.lse.squeeze(2).transpose(0, 1).unsqueeze(0)], dim=2) - lowered,
+        self, local: Part, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Front:
+        """Attend to the candidates of each row's step: the first set for the shared rows, then the next for each."""
+        shared = self.shared_rows
+        weigh = partial(
+            attend_front,
+            scale=scale,
+            top=self.scoring.top,
+            lowered=self.scoring.lowered(key.shape[2]),
+            softcap=softcap,
+            with_lse=bool(self.spans),
         )
+        if query.shape[2] == shared:
+            return weigh(local, query, key, value)
+        before = Part(local.out[:, :, :shared], local.lse[:, :, :shared])
+        first = weigh(before, query[:, :, :shared], key[:1], value[:1])
+        each = [tensor[0, :, shared:].transpose(0, 1).unsqueeze(2) for tensor in (query, local.out, local.lse)]
+        later = weigh(Part(*each[1:]), each[0], key[1:], value[1:])
+        parts = zip(first, (item.squeeze(2).transpose(0, 1).unsqueeze(0) for item in later), strict=True)
+        return Front(*(torch.cat(pair, dim=2) for pair in parts))
+
+
+def _joined(sets: Sequence[Tensor]) -> Tensor:
+    """Put candidates of several groups behind each other, (T, kv_heads, chunks, head_dim) each."""
+    return sets[0] if len(sets) == 1 else torch.cat(list(sets), dim=2)
 
 
 # -- the sweep --------------------------------------------------------------------------------------------------
@@ -434,7 +381,7 @@ def sweep(
     calls: Sequence[Sequence[ChunkRows]],
     locals_: Sequence[LocalRows],
     positions: Positions,
-    check: Check = _never,
+    check: Check = never,
 ) -> list[Tensor]:
     """Run ordinary, candidate and local rows through the layers together (method steps 2-5).
 
@@ -484,15 +431,14 @@ def commit(calls: Sequence[Sequence[ChunkRows]], locals_: Sequence[LocalRows]) -
 
 
 class _LayerCall:
-    """Rows that pass a layer together, packed into one sequence: [ordinary rows | local rows | candidate rows]."""
+    """Rows that pass a layer together, packed into one sequence: [local rows | ordinary rows | candidate rows]."""
 
     def __init__(self, base: BaseDecoder, groups: Sequence[ChunkRows], locals_: Sequence[LocalRows]) -> None:
         self.groups, self.locals = groups, locals_
         ids, at = [group.ids() for group in groups], [group.positions() for group in groups]
-        blocks = [pair[0] for pair in ids] + [local.ids for local in locals_] + [pair[1] for pair in ids]
-        places = [pair[0] for pair in at]
-        places += [torch.arange(len(local.ids)) + local.position for local in locals_]
-        places += [pair[1] for pair in at]
+        blocks = [local.ids for local in locals_] + [pair[0] for pair in ids] + [pair[1] for pair in ids]
+        places = [torch.arange(len(local.ids)) + local.position for local in locals_]
+        places += [pair[0] for pair in at] + [pair[1] for pair in at]
         self.sizes = [len(block) for block in blocks]
         packed = torch.cat(blocks).unsqueeze(0).to(base.device)
         positions = torch.cat(places).unsqueeze(0).to(base.device)
@@ -508,32 +454,35 @@ class _LayerCall:
 
     def drop_ordinary(self) -> None:
         """Leave out the ordinary rows: behind the last layer nothing reads them."""
-        dropped = sum(self.sizes[: len(self.groups)])
-        self.sizes[: len(self.groups)] = [0] * len(self.groups)
-        self.hidden = self.hidden[:, dropped:]
+        first, count = len(self.locals), len(self.groups)
+        before = sum(self.sizes[:first])
+        after = before + sum(self.sizes[first : first + count])
+        self.sizes[first : first + count] = [0] * count
+        self.hidden = torch.cat([self.hidden[:, :before], self.hidden[:, after:]], dim=1)
         if self.rope is not None:
-            self.rope = self.rope.without(dropped)
+            self.rope = self.rope.without(before, after)
 
     def local_hidden(self) -> list[Tensor]:
         """Return the states of each local context, (1, n, hidden)."""
-        first = len(self.groups)
-        return list(torch.split(self.hidden, self.sizes, dim=1))[first : first + len(self.locals)]
+        return list(torch.split(self.hidden, self.sizes, dim=1))[: len(self.locals)]
 
     def _attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
         blocks = list(zip(*(torch.split(tensor, self.sizes, dim=2) for tensor in (query, key, value)), strict=True))
-        count, locals_end = len(self.groups), len(self.groups) + len(self.locals)
-        outs: list[Tensor] = [query] * len(blocks)
+        first, count, outs = len(self.locals), len(self.groups), [query] * len(blocks)
         for index, group in enumerate(self.groups):
-            ordinary, candidate = blocks[index], blocks[locals_end + index]
-            rows = [torch.cat(pair, dim=2) for pair in zip(ordinary, candidate, strict=True)]
+            if count == 1:
+                rows = [tensor[:, :, sum(self.sizes[:first]) :] for tensor in (query, key, value)]
+            else:
+                pairs = zip(blocks[first + index], blocks[first + count + index], strict=True)
+                rows = [torch.cat(pair, dim=2) for pair in pairs]
             out = group.attend(layer, rows[0], rows[1], rows[2], scale, softcap)
-            both = [self.sizes[index], self.sizes[locals_end + index]]
-            outs[index], outs[locals_end + index] = torch.split(out, both, dim=1)
+            both = [self.sizes[first + index], self.sizes[first + count + index]]
+            outs[first + index], outs[first + count + index] = torch.split(out, both, dim=1)
         for index, local in enumerate(self.locals):
-            local_query, local_key, local_value = blocks[count + index]
-            outs[count + index] = local.attend(layer, local_query, local_key, local_value, scale, softcap)
+            own = blocks[index]
+            outs[index] = local.attend(layer, own[0], own[1], own[2], scale, softcap)
         return torch.cat(outs, dim=1)
 
 
@@ -545,15 +494,3 @@ def check_room(base: BaseDecoder, chunks: int, positions: Positions, local_rows:
             f"{chunks} candidates and {local_rows} local tokens need {needed} positions, but the base has "
             f"{base.window}; use positions='shared', larger chunks, or a shorter question"
         )
-
-
-def by_chunk(packed: Tensor, chunks: int) -> Tensor:
-    """(1, heads, chunks * rows, head_dim) -> (chunks, heads, rows, head_dim)."""
-    _, heads, rows, dim = packed.shape
-    return packed.reshape(heads, chunks, rows // chunks, dim).transpose(0, 1)
-
-
-def packed_rows(out: Tensor) -> Tensor:
-    """(chunks, heads, rows, head_dim) -> (1, chunks * rows, heads, head_dim)."""
-    chunks, heads, rows, dim = out.shape
-    return out.transpose(1, 2).reshape(1, chunks * rows, heads, dim)

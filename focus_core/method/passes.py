@@ -19,7 +19,8 @@ from torch import Tensor
 
 from focus_core.config import Positions
 from focus_core.errors import CancelledError
-from focus_core.method.parallel import Check, ChunkRows, LocalRows, commit, sweep
+from focus_core.method.encoding import Check
+from focus_core.method.parallel import ChunkRows, LocalRows, commit, sweep
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 

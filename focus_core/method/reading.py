@@ -15,9 +15,9 @@ from torch import Tensor
 from focus_core.config import FocusConfig
 from focus_core.errors import ConfigError, ContextTooLongError, OutOfMemoryError
 from focus_core.hardware import free_bytes, is_out_of_memory
+from focus_core.method.encoding import Check
 from focus_core.method.kv import move_keys, rotations
 from focus_core.method.parallel import (
-    Check,
     ChunkRows,
     LocalCache,
     LocalRows,
@@ -357,16 +357,19 @@ class Reading:
         hidden = self.passes.run(Pass(calls, local, self.focus.positions, self.check, small))
         with torch.no_grad():
             order = torch.tensor([index for group in groups for index in group.indices], dtype=torch.long).argsort()
-            self.mass = [self._in_memory(mass, order.to(mass.device)) for mass in local.mass]
+            self.mass = []
+            if local.mass:
+                mass = torch.stack(local.mass)
+                self.mass = list(self._in_memory(mass, order.to(mass.device)).unbind())
             return self.base.logits(hidden[:, -1:])[0, 0].float()
 
     def _in_memory(self, mass: Tensor, order: Tensor) -> Tensor:
-        """(heads, candidates + chunks read whole) -> (heads, k)."""
+        """(layers, heads, candidates + chunks read whole) -> (layers, heads, k)."""
         if self._kept is None:
-            return mass[:, order]
-        found = mass.new_zeros(mass.shape[0], self.chunks)
-        found[:, self._kept] = mass[:, order]
-        found[:, self.whole] += mass[:, len(order) :]
+            return mass[..., order]
+        found = mass.new_zeros(*mass.shape[:2], self.chunks)
+        found[..., self._kept] = mass[..., order]
+        found[..., self.whole] += mass[..., len(order) :]
         return found
 
     def _make_groups(self, size: int) -> list[ChunkRows]:

@@ -11,7 +11,10 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from focus_core.method.kv import FIRST, ChunkKV
+from focus_core.method.kv import ChunkKV
+from focus_core.method.sources import FIRST
+
+_GROWTH = 32  # tokens by which a suffix grows: it stands behind every chunk of a memory
 
 
 class GrowingKV:
@@ -30,14 +33,22 @@ class GrowingKV:
         """Write (batch, kv_heads, rows, head_dim) behind what is committed; return all of K and V of the layer."""
         start = self.front + self.used
         stop = start + key.shape[2]
+        if torch.is_grad_enabled() and key.requires_grad:  # in place, it would undo what autograd has saved
+            both = zip(self.data[layer, :, :, :, :start], (key, value), strict=True)
+            keys, values = (torch.cat(pair, dim=2) for pair in both)
+            return keys, values
         if stop > self.data.shape[4]:
-            grown = self.data.new_empty(*self.data.shape[:4], 2 * stop, self.data.shape[5])
+            grown = self.data.new_empty(*self.data.shape[:4], self._room(stop), self.data.shape[5])
             grown[..., :start, :] = self.data[..., :start, :]
             self.data = grown
-        if stop > start:  # a pass without new rows must not touch what autograd has saved
+        if stop > start:
             self.data[layer, 0, :, :, start:stop] = key
             self.data[layer, 1, :, :, start:stop] = value
         return self.data[layer, 0, :, :, :stop], self.data[layer, 1, :, :, :stop]
+
+    def _room(self, rows: int) -> int:
+        """Return the rows to make room for when ``rows`` are needed."""
+        return 2 * rows
 
     def read(self) -> Tensor:
         """Return what is committed, (layers, 2, batch, kv_heads, rows, head_dim)."""
@@ -49,7 +60,7 @@ class GrowingKV:
         self.used = data.shape[4]
 
     def commit(self, rows: int) -> None:
-        """Keep the last ``rows`` written rows of all layers."""
+        """Keep the first ``rows`` written rows of all layers."""
         self.used += rows
 
 
@@ -58,13 +69,13 @@ class Suffix(GrowingKV):
 
     Args:
         like: the chunks it stands behind.
-        capacity: tokens it can hold before it has to grow.
+        capacity: tokens that are certain to come; it grows in blocks of :data:`_GROWTH`.
     """
 
     def __init__(self, like: ChunkKV, capacity: int) -> None:
         shape = like.shape
         data = torch.empty(
-            (shape.layers, 2, like.size, shape.kv_heads, FIRST + max(capacity, 1), shape.head_dim),
+            (shape.layers, 2, like.size, shape.kv_heads, self._room(FIRST + capacity), shape.head_dim),
             dtype=shape.dtype,
             device=shape.device,
         )
@@ -72,6 +83,9 @@ class Suffix(GrowingKV):
             for index, first in enumerate(like.first(layer)):
                 data[layer, index, :, :, :FIRST] = first
         super().__init__(data, FIRST)
+
+    def _room(self, rows: int) -> int:
+        return -(-rows // _GROWTH) * _GROWTH
 
     def choose(self, chunks: Sequence[int]) -> Suffix:
         """Return a copy that stands behind some of the chunks alone."""

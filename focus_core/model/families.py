@@ -117,10 +117,14 @@ class Rope(NamedTuple):
     tables: dict[str, tuple[Tensor, Tensor]]
     positions: Tensor
 
-    def without(self, first: int) -> Rope:
-        """Return what is left without the first rows."""
-        tables = {kind: (cos[:, first:], sin[:, first:]) for kind, (cos, sin) in self.tables.items()}
-        return Rope(tables, self.positions[:, first:])
+    def without(self, start: int, stop: int) -> Rope:
+        """Return what is left without rows ``start`` to ``stop``."""
+
+        def cut(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor[:, :start], tensor[:, stop:]], dim=1)
+
+        tables = {kind: (cut(cos), cut(sin)) for kind, (cos, sin) in self.tables.items()}
+        return Rope(tables, cut(self.positions))
 
 
 def _call_attend(

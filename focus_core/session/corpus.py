@@ -8,7 +8,7 @@ from pathlib import Path
 
 from focus_core.engine import FocusEngine
 from focus_core.errors import EmptyCorpusError
-from focus_core.method.parallel import Check
+from focus_core.method.encoding import Check
 from focus_core.store.collections import CollectionInfo
 from focus_core.store.indexing import encode_missing, index_documents
 from focus_core.store.memory import Memory, Progress

@@ -11,8 +11,8 @@ import numpy as np
 from focus_core.config import FocusConfig
 from focus_core.errors import UnsupportedModelError
 from focus_core.hardware import dtype_name
-from focus_core.method.kv import KVShape
-from focus_core.method.parallel import Check, kv_shape
+from focus_core.method.encoding import Check, kv_shape
+from focus_core.method.sources import KVShape
 from focus_core.model.families import BaseDecoder
 from focus_core.store.segments import chunk_key
 from focus_core.store.tiers import Budget

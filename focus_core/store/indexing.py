@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from focus_core.errors import EmptyCorpusError, OutOfMemoryError, StoreError
 from focus_core.hardware import is_out_of_memory
+from focus_core.method.encoding import Check, encode_chunks
 from focus_core.method.kv import ChunkKV
-from focus_core.method.parallel import Check, encode_chunks
 from focus_core.store.collections import Change, MissingChunksError
 from focus_core.store.database import Store
 from focus_core.store.encoder import ChunkEncoder

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from focus_core.errors import ConfigError, EmptyCorpusError, OutOfMemoryError, StoreError
 from focus_core.hardware import free_bytes, is_out_of_memory
+from focus_core.method.encoding import Check, encode_chunks
 from focus_core.method.kv import ChunkKV
-from focus_core.method.parallel import Check, encode_chunks
 from focus_core.method.slabs import Alike, Slab, equal_chunks
 from focus_core.method.state import MemoryState
 from focus_core.store.collections import Change, Contents, MissingChunksError, row_sum

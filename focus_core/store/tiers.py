@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from focus_core.hardware import free_bytes
-from focus_core.method.kv import FIRST, ChunkKV, KVShape, best_block, blocked
+from focus_core.method.kv import ChunkKV, best_block, blocked
+from focus_core.method.sources import FIRST, KVShape
 from focus_core.store.segments import SegmentFacts, Segments
 
 _SHARE = 0.7  # of free memory that chunk KV takes where no budget is given

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from focus_core.method.encoding import encode_chunks, kv_shape
 from focus_core.method.kv import ChunkKV
-from focus_core.method.parallel import encode_chunks, kv_shape
 from focus_core.model.families import BaseDecoder
 
 Ids = tuple[int, ...]

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from focus_core.config import Positions, TeacherMemory
 from focus_core.errors import ConfigError
+from focus_core.method.encoding import encode_chunks
 from focus_core.method.kv import ChunkKV
-from focus_core.method.parallel import PLAIN, Scoring, encode_chunks, sink_before
+from focus_core.method.parallel import PLAIN, Scoring, sink_before
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 from focus_core.training.kept import KeptChunks

@@ -23,10 +23,12 @@ from focus_core.method.attention import (
     attend_chunks,
     attend_self,
     attend_top,
+    by_chunk,
     merge,
+    packed_rows,
 )
 from focus_core.method.kv import ChunkKV, move_keys, rotations
-from focus_core.method.parallel import Scoring, by_chunk, candidate_positions, local_start, packed_rows
+from focus_core.method.parallel import Scoring, candidate_positions, local_start
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder, Rope
 
@@ -191,8 +193,8 @@ class PackedExample:
         padded = [self.injected.pad(tensor) for tensor in (query, key, value)]
         self.suffix.append((padded[1], padded[2]))
         among = attend_causal(padded[0], padded[1], padded[2], scale, softcap=softcap)
-        seen = merge([self._attend_chunk(layer, query, scale, softcap), self.injected.unpad(among, self.chunks.size)])
-        return packed_rows(seen.out)
+        others = [self.injected.unpad(among, self.chunks.size)]
+        return packed_rows(self._attend_chunk(layer, query, scale, softcap, others))
 
     def attend_candidates(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
@@ -205,12 +207,12 @@ class PackedExample:
         if layer == self.chunks.shape.layers:  # the base's last layer
             return query.new_zeros(1, query.shape[2], query.shape[1], query.shape[3])
         query, key, value = (by_chunk(tensor, self.chunks.size) for tensor in (query, key, value))
-        parts = [self._attend_chunk(layer, query, scale, softcap)]
+        parts = []
         if self.injected is not None:
             suffix = attend(self.asked.pad(query), *self.suffix[layer], scale, softcap=softcap, bias=self.suffix_bias)
             parts.append(self.asked.unpad(suffix, self.chunks.size))
         parts.append(attend_self(query, key, value, scale, softcap=softcap))
-        return packed_rows(merge(parts).out)
+        return packed_rows(self._attend_chunk(layer, query, scale, softcap, parts))
 
     def attend_local(
         self,
@@ -246,9 +248,11 @@ class PackedExample:
         )
         return merge([local, candidates]).out.transpose(1, 2)
 
-    def _attend_chunk(self, layer: int, query: Tensor, scale: float, softcap: float | None) -> Part:
+    def _attend_chunk(
+        self, layer: int, query: Tensor, scale: float, softcap: float | None, others: Sequence[Part]
+    ) -> Tensor:
         first = attend(query, *self.chunks.first(layer), scale, softcap=softcap, bias=self.first_bias)
-        return attend_chunks(query, self.chunks.layer(layer), scale, softcap=softcap, others=[first])
+        return attend_chunks(query, self.chunks.layer(layer), scale, softcap=softcap, others=[first, *others])
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from focus_core.errors import (
     OutOfMemoryError,
     UnsupportedModelError,
 )
+from focus_core.method.encoding import encode_chunks
 from focus_core.method.kv import move_keys, rotations
-from focus_core.method.parallel import encode_chunks
 from focus_core.method.suffix import Suffix
 from focus_core.model.candidate import CandidateAdapter, CandidateLinear
 from focus_core.model.families import CANNOT, FAMILIES, BaseDecoder, family_of

@@ -11,7 +11,7 @@ import torch
 from focus_core.errors import ConfigError, ContextTooLongError, EmptyCorpusError
 from focus_core.evaluation.tasks.perplexity import measure_window, memory_logits, run_perplexity, window_logits
 from focus_core.evaluation.tasks.text_windows import read_windows
-from focus_core.method.parallel import encode_chunks
+from focus_core.method.encoding import encode_chunks
 from focus_core.text.corpus import Document
 from focus_core.training.objectives import Query, Task, dense_logits
 

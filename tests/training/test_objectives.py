@@ -11,7 +11,7 @@ import torch
 
 from focus_core.config import TrainConfig
 from focus_core.errors import ConfigError
-from focus_core.method.parallel import encode_chunks
+from focus_core.method.encoding import encode_chunks
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 from focus_core.text.tokenization import TextTokenizer

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from focus_core.method.parallel import ChunkRows, LocalRows, Scoring, commit, encode_chunks, local_start, sweep
+from focus_core.method.encoding import encode_chunks
+from focus_core.method.parallel import ChunkRows, LocalRows, Scoring, commit, local_start, sweep
 from focus_core.method.suffix import Suffix
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder

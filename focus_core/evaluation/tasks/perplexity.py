@@ -21,13 +21,13 @@ from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError, ContextTooLongError
 from focus_core.evaluation.report.records import Record, RecordFile, engine_facts, machine_facts, write_metrics
 from focus_core.evaluation.tasks.text_windows import Window
+from focus_core.method.encoding import encode_chunks
 from focus_core.method.parallel import (
     ChunkRows,
     LocalRows,
     Scoring,
     check_room,
     commit,
-    encode_chunks,
     local_start,
     sink_before,
     sweep,
