@@ -457,8 +457,8 @@ def rotation(inverse_frequencies: Tensor, delta: Tensor) -> tuple[Tensor, Tensor
 
 def rotations(frequencies: Sequence[Tensor], delta: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return :func:`rotation` of every layer; layers that share a table share the result."""
-    device = delta.device
-    made = {id(table): rotation(table.to(device), delta) for table in frequencies}
+    tables = {id(table): table for table in frequencies}
+    made = {key: rotation(table.to(delta.device), delta) for key, table in tables.items()}
     return [made[id(table)] for table in frequencies]
 
 
