@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from focus_core.method.attention import Part, attend, merge
-from focus_core.method.kv import FIRST
+from focus_core.method.sources import FIRST
 from tests.core.test_kv import FORMATS, filled
 
 LENGTHS = [150, 70, 4, 33, 2]
