@@ -42,6 +42,10 @@ def train(
     ] = None,
     compact: Annotated[bool, typer.Option(help="Save the adapter as int8 differences, bfloat16 at low rank.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, of the base. [default: what is fast]")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="MODULE:FUNCTION of an engine that returns numbers to log.")
+    ] = None,
+    track: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or another of accelerate's.")] = None,
     quantize: Annotated[
         str | None, typer.Option(help="int8 or int4: the frozen base in so many bits (torchao).")
     ] = None,
@@ -60,7 +64,7 @@ def train(
     settings = _settings(config, given | _assigned(set_ or []))
     if workers > 1 and "LOCAL_RANK" not in os.environ:
         launch(workers, "focus_core.cli", sys.argv[1:])
-    processes = Processes(device)
+    processes = Processes(device, track or (), output)
     loaded = _load(base, dtype, processes, quantize)
     end = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
     tokens = 0
@@ -82,6 +86,7 @@ def train(
             init=init,
             chunk_size=chunk_size,
             compact=compact,
+            metric=_named(metric) if metric else None,
             processes=processes,
             report=count,
             stop=ended,
@@ -197,6 +202,19 @@ def _settings(config: Path | None, given: dict[str, Any]) -> TrainConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{config} is no readable JSON file ({error}); see docs/recipes/") from error
     return TrainConfig.from_dict(values | {name: value for name, value in given.items() if value is not None})
+
+
+def _named(text: str) -> Any:
+    """Return the function of MODULE:FUNCTION."""
+    import importlib
+
+    from focus_core.errors import ConfigError
+
+    module, _, name = text.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--metric wants MODULE:FUNCTION that can be imported; got {text!r} ({error})") from error
 
 
 def _assigned(pairs: list[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ It joins base, example stream, loop and the saved adapter's settings; each of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from focus_core.config import FocusConfig, TrainConfig
+from focus_core.engine import FocusEngine
 from focus_core.errors import EmptyCorpusError
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
@@ -39,6 +40,7 @@ def train_adapter(
     init: Path | None = None,
     chunk_size: int = 512,
     compact: bool = False,
+    metric: Callable[[FocusEngine], Mapping[str, float]] | None = None,
     processes: Processes | None = None,
     report: Callable[[StepReport], None] = lambda step: None,
     stop: Callable[[], bool] = lambda: False,
@@ -57,6 +59,8 @@ def train_adapter(
         chunk_size: the adapter's default when it is served.
         compact: save int8 differences (bfloat16 at low rank) instead of float32, and measure both forms on the held-out
             examples.
+        metric: a measure of one's own, such as the accuracy of a task, of the adapter as it would be served; called
+            where the held-out loss is measured, and logged beside it.
         processes: those that run this together; one alone if not given.
         report: called after every step.
         stop: asked after every step.
@@ -97,6 +101,9 @@ def train_adapter(
                 not_there=absent,
             )
 
+        def measured(totals: Totals) -> Mapping[str, float]:
+            return {} if metric is None else metric(FocusEngine(loaded, info(totals), adapter, base=base))
+
         done = train(
             base,
             adapter,
@@ -106,6 +113,7 @@ def train_adapter(
             sink=sink_of(loaded) if settings.sink else None,
             held_out=held_out,
             keep_best=lambda totals: save_adapter(output / "best", adapter, info(totals)),
+            metric=measured,
             processes=processes,
             report=report,
             stop=stop,

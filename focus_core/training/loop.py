@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class StepReport:
         chunks: k of each example.
         kept: share of this process's chunks so far whose KV was kept from an earlier step.
         held_out: the held-out loss, on steps that measured it.
+        metrics: what the run's own metric said then.
     """
 
     step: int
@@ -79,6 +80,7 @@ class StepReport:
     chunks: list[int]
     kept: float = 0.0
     held_out: Loss | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -91,6 +93,7 @@ def train(
     sink: int | None,
     held_out: Sequence[Example] = (),
     keep_best: Callable[[Totals], None] = lambda _: None,
+    metric: Callable[[Totals], Mapping[str, float]] = lambda _: {},
     processes: Processes | None = None,
     report: Callable[[StepReport], None] = lambda _: None,
     checkpoint_seconds: float = 240.0,
@@ -110,6 +113,7 @@ def train(
         sink: token that starts every row, or ``None``.
         held_out: what is measured every ``config.eval_every`` steps and after the last one.
         keep_best: called in the first process when the held-out loss was never as low.
+        metric: called in the first process where the held-out loss is measured; what it returns is logged.
         processes: those that run this together; one alone if not given.
         report: called in the first process after every step.
         checkpoint_seconds: time between checkpoints; one is also written at the end and when stopped.
@@ -140,6 +144,7 @@ def train(
             done = run.step()
             if config.eval_every and held_out and (run.totals.step % config.eval_every == 0 or run.finished):
                 done["held_out"] = run.measure(held_out, keep_best)
+                done["metrics"] = dict(metric(run.totals)) if processes.is_main else {}
             run.totals.seconds = time.monotonic() - started
             run.log(StepReport(**done, **run.counters()), report)
             if processes.agree(processes.is_main and time.monotonic() - saved > checkpoint_seconds):
@@ -319,6 +324,7 @@ class _Run:
             with (self.output / LOG).open("a", encoding="utf-8") as log:
                 log.write(json.dumps(dataclasses.asdict(done)) + "\n")
             report(done)
+        self.processes.track(_tracked(done), done.step)
 
     def save(self) -> None:
         """Write a checkpoint; every process must call it."""
@@ -360,6 +366,22 @@ class _Run:
         for parameter in self.parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
+
+
+def _tracked(done: StepReport) -> dict[str, float]:
+    """Return the numbers of a step that trackers draw."""
+    values = {
+        "loss": done.loss,
+        "tokens": done.tokens,
+        "learning_rate": done.learning_rate,
+        "grad_norm": done.grad_norm,
+    }
+    values |= {f"loss/{kind}": loss for kind, loss in done.by_kind.items()}
+    if done.held_out is not None:
+        values |= {"held_out": done.held_out.loss} | {
+            f"held_out/{kind}": it for kind, it in done.held_out.by_kind.items()
+        }
+    return values | {f"metric/{name}": value for name, value in done.metrics.items()}
 
 
 def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.tracking import GeneralTracker  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object  # type: ignore[import-untyped]
 
 from focus_core.errors import ConfigError
@@ -27,15 +29,35 @@ class Processes:
 
     Args:
         device: ``cpu`` keeps a run off the GPU; the fastest there is, if not given.
+        trackers: accelerate's names (``tensorboard``, ``wandb``, ...), or trackers of one's own.
+        folder: where trackers write.
+
+    Raises:
+        ConfigError: a tracker is not known or not installed.
     """
 
-    def __init__(self, device: str | torch.device | None = None) -> None:
+    def __init__(
+        self,
+        device: str | torch.device | None = None,
+        trackers: Sequence[str | GeneralTracker] = (),
+        folder: Path | None = None,
+    ) -> None:
         on_cpu = choose_device(device).type == "cpu"
         gloo = _shares_gpus() and not on_cpu
         if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
             on_cpu, gloo = False, True  # accelerate has no name for this pair
         handlers = [InitProcessGroupKwargs(backend="gloo")] if gloo else []
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
+        options: dict[str, Any] = {"log_with": list(trackers), "project_dir": folder} if trackers else {}
+        try:
+            self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers, **options)
+        except ValueError as error:
+            raise ConfigError(
+                f"a tracker of {trackers} cannot be used ({error}); install it, or name another"
+            ) from error
+        if trackers and len(self.accelerator.log_with) < len(trackers):
+            raise ConfigError(f"a tracker of {trackers} is not installed; install it, or leave it out")
+        if trackers:
+            self.accelerator.init_trackers("focusllm")
 
     @property
     def device(self) -> torch.device:
@@ -56,6 +78,10 @@ class Processes:
     def deepspeed(self) -> bool:
         """Whether DeepSpeed owns optimizer and gradients."""
         return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+    def track(self, values: Mapping[str, float], step: int) -> None:
+        """Tell the trackers, in the first process, what a step was like."""
+        self.accelerator.log(dict(values), step=step)
 
     def passes(self, examples: int, together: int | None) -> int:
         """Return into how many passes a process cuts its share of a step's examples.

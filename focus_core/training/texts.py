@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from focus_core.errors import CorpusError, DocumentNotFoundError, EmptyCorpusError
 
-_SUFFIXES = (".txt", ".jsonl", ".md", ".py", ".rst", ".tex")
+_SUFFIXES = (".txt", ".jsonl", ".parquet", ".md", ".py", ".rst", ".tex")
 LONG_TEXT = 2000  # characters that a text needs to be cut into memory and local context
 _PASSAGE = (120, LONG_TEXT)  # characters of a passage
 _T = TypeVar("_T")
@@ -114,7 +114,7 @@ def read_training_texts(paths: Iterable[Path]) -> TrainingTexts:
     number = 0
     for path in paths:
         for file in _files(path):
-            if file.name.removesuffix(".gz").endswith(".jsonl"):
+            if file.name.removesuffix(".gz").endswith((".jsonl", ".parquet")):
                 for row in _rows(file):
                     question = _question_row(row) or _instruction_row(row)
                     if question is not None:
@@ -198,6 +198,9 @@ def _read(path: Path) -> str:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+        return
     for number, line in enumerate(_read(path).split("\n"), 1):
         if line.strip():
             try:
@@ -206,6 +209,18 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 raise CorpusError(f"{path}, line {number}, is no JSON ({error}); give one row a line") from error
             if isinstance(row, dict):
                 yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise CorpusError(f"{path} needs pyarrow; run `pip install pyarrow`, or give JSON lines") from error
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (OSError, ArrowInvalid) as error:
+        raise CorpusError(f"{path} is no Parquet file ({error}); get it again, or leave it out") from error
 
 
 def _question_row(row: dict[str, Any]) -> QuestionRow | None:

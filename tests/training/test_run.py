@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from focus_core.config import TrainConfig
 from focus_core.errors import (
     AdapterError,
     ConfigError,
+    CorpusError,
     DocumentNotFoundError,
     EmptyCorpusError,
     UnsupportedModelError,
@@ -33,6 +35,7 @@ from focus_core.training.plot import plot_loss
 from focus_core.training.processes import Processes
 from focus_core.training.speed import Speed
 from focus_core.training.stopping import StopOnSignal
+from focus_core.training.texts import read_training_texts
 from tests.conftest import byte_level_tokenizer, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -433,3 +436,54 @@ def test_one_process_shares_with_nobody():
     assert processes.share(range(3)) == [0, 1, 2]
     assert processes.agree(True)
     assert not processes.agree(False)
+
+
+def test_a_metric_and_trackers_of_ones_own(tokenizer, book, tmp_path):
+    """A metric gets an engine that answers as the adapter is served; a tracker gets its numbers and the losses."""
+    from accelerate.tracking import GeneralTracker
+
+    class Notes(GeneralTracker):
+        name, requires_logging_directory = "notes", False
+        kept: ClassVar[list] = []
+
+        @property
+        def tracker(self):
+            return None
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step, **_):
+            self.kept.append((step, values))
+
+    def metric(engine):
+        memory = engine.remember(["the cat sat on the mat. " * 8])
+        return {"tokens": len(engine.answer("who?", memory, max_tokens=2).tokens)}
+
+    model = tiny_model("llama")
+    loaded = LoadedBase(model, tokenizer, "tiny", fingerprint(model))
+    config = TrainConfig.from_dict(SETTINGS | {"steps": 3, "eval_every": 2, "eval_examples": 2})
+    processes = Processes("cpu", [Notes()], tmp_path)
+    train_adapter(loaded, [book], tmp_path / "run", config, chunk_size=64, metric=metric, processes=processes)
+    assert [row["metrics"] for row in _log(tmp_path / "run")] == [{}, {"tokens": 2}, {"tokens": 2}]
+    assert [step for step, _ in Notes.kept] == [1, 2, 3]
+    assert Notes.kept[1][1]["metric/tokens"] == 2
+    assert Notes.kept[1][1]["held_out"] == _log(tmp_path / "run")[1]["held_out"]["loss"]
+    with pytest.raises(ConfigError, match="tracker"):
+        Processes("cpu", ["no-such-tracker"], tmp_path)
+
+
+def test_parquet_rows_are_read_like_json_lines(tmp_path):
+    """The same rows in both forms give the same texts; without pyarrow, or in a damaged file, the error says so."""
+    rows = [{"text": "the cat sat on the mat. " * 200}, {"text": "a dog. " * 400}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "bad.parquet").write_bytes(b"no")
+    with pytest.raises(CorpusError, match=r"bad.parquet (needs pyarrow|is no Parquet file)"):
+        read_training_texts([tmp_path / "bad.parquet"])
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is optional")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert (
+        read_training_texts([tmp_path / "rows.parquet"]).texts == read_training_texts([tmp_path / "rows.jsonl"]).texts
+    )
