@@ -14,23 +14,21 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from focus_core.answers import Answer, AnswerStream
-from focus_core.config import DecodeConfig
+from focus_core.answers import Answer
 from focus_core.engine import FocusEngine
 from focus_core.errors import CancelledError, ConfigError
-from focus_core.generation import Token, check_cancelled
-from focus_core.model.chat import ChatDelta, Message, Tool, ToolCall, ToolCallParser, render_messages
+from focus_core.generation import check_cancelled
+from focus_core.model.chat import Message, Tool, ToolCall, render_messages
 from focus_core.server.access import Caller
 from focus_core.server.admission import Admission
 from focus_core.server.memories import Memories
 from focus_core.server.metrics import Metrics
 from focus_core.session import concurrency
-from focus_core.session.citations import AttentionMap, Citation, attention_map, cite
-from focus_core.session.pieces import trimmed
+from focus_core.session.citations import STANDARD_CITATIONS, AttentionMap, Citation, attention_map
+from focus_core.session.engines import Held
+from focus_core.session.request import Call, Piece, Request, begin
 from focus_core.store.memory import Memory
-from focus_core.text.corpus import Document
-
-STANDARD_CITATIONS = 3
+from focus_core.text.corpus import Document, distinct
 
 
 @dataclass(frozen=True)
@@ -38,44 +36,26 @@ class Job:
     """One answer to be made.
 
     Args:
-        messages: of the conversation, oldest first; empty for a text to be continued.
-        decode: sampling options.
-        text: to be continued, where there are no messages.
-        documents: attached to the request; read for it alone.
+        request: what is asked; its documents are those attached to it.
         memories: names of the memories to read.
         wanted: metadata or ids of the documents to read of them.
-        tools: what the model may call.
-        choice: ``auto``, ``none``, ``required`` or a tool's name.
-        parallel: whether several calls may follow each other.
-        schema: what the answer is held to.
-        question: put the last turn as the adapter was trained.
         citations: most citations.
         attention: also return where the model looked.
         user: whom the request is for; the queue is fair between callers and users.
     """
 
-    messages: Sequence[Message]
-    decode: DecodeConfig
-    text: str = ""
-    documents: Sequence[Document] = ()
+    request: Request
     memories: Sequence[str] = ()
     wanted: Mapping[str, Any] | Sequence[str] | None = None
-    tools: Sequence[Tool] = ()
-    choice: str = "auto"
-    parallel: bool = True
-    schema: Mapping[str, Any] | bool | None = None
-    question: bool = False
     citations: int = STANDARD_CITATIONS
     attention: bool = False
     user: str = ""
 
-
-@dataclass(frozen=True)
-class Piece:
-    """What a step added: text or a part of a tool call, and the tokens it is made of."""
-
-    delta: ChatDelta
-    tokens: tuple[Token, ...] = ()
+    @property
+    def texts(self) -> list[str]:
+        """Everything that the request itself brings to be read, attached documents last."""
+        said = [message.content for message in self.request.messages]
+        return [self.request.text or "", *said, *(one.text for one in self.request.documents)]
 
 
 @dataclass(frozen=True)
@@ -136,7 +116,7 @@ class Answering:
         """
         for name in job.memories:
             self.memories.require(caller.tenant, name)
-        texts = [job.text, *(message.content for message in job.messages), *(one.text for one in job.documents)]
+        texts = job.texts
         if sum(map(len, texts)) > 16 * self.prompt_tokens:
             count = self.prompt_tokens + 1
         else:
@@ -189,93 +169,51 @@ class Answering:
     def _pieces(self, caller: Caller, job: Job, cancelled: threading.Event) -> Iterator[Piece | Finished]:
         self._running.add(cancelled)
         try:
-            memory = self._memory(caller, job, cancelled)
-            stream = self._stream(job, memory, cancelled)
-            parser = ToolCallParser() if job.tools and job.choice != "none" else None
-            with stream:
+            call = begin(
+                self.engine,
+                job.request,
+                lambda _, documents: Held(self._memory(caller, job, documents, cancelled)),
+                cancelled,
+            )
+            with call.stream:
                 text = ""
-                for piece in _deltas(stream, parser):
+                for piece in call.pieces():
                     text += piece.delta.text
                     yield piece
-            yield self._finished(job, stream, text, parser)
+            yield _finished(job, call, text)
         finally:
             self._running.discard(cancelled)
 
-    def _memory(self, caller: Caller, job: Job, cancelled: threading.Event) -> Memory | None:
-        """Return what the request reads: its memories as far as they are wanted, and its documents."""
+    def _memory(
+        self, caller: Caller, job: Job, documents: Sequence[Document], cancelled: threading.Event
+    ) -> Memory | None:
+        """Return what the request reads: its memories as far as they are wanted, and documents of its own."""
 
         def check() -> None:
             check_cancelled(cancelled)
 
         memory = self.memories.open(caller.tenant, job.memories, job.wanted, check) if job.memories else None
-        if job.documents:
+        if documents:
             held = [] if memory is None else [document.id for document in memory.documents]
             memory = memory.subset(held) if memory is not None else self.engine.remember([])
-            memory.add(job.documents, check=check)
+            memory.add(distinct(documents, memory.documents), check=check)
         return memory
-
-    def _stream(self, job: Job, memory: Memory | None, cancelled: threading.Event) -> AnswerStream:
-        if not job.messages:
-            return self.engine.stream(job.text, memory, template="raw", decode=job.decode, cancelled=cancelled)
-        messages = list(job.messages)
-        if job.question and messages[-1].role == "user":
-            asked = self.engine.info.question_template.replace("{question}", messages[-1].content)
-            messages[-1] = Message("user", asked)
-        return self.engine.chat(
-            messages,
-            memory,
-            tools=job.tools,
-            tool_choice=job.choice,
-            parallel=job.parallel,
-            schema=job.schema,
-            decode=job.decode,
-            cancelled=cancelled,
-        )
-
-    def _finished(self, job: Job, stream: AnswerStream, text: str, parser: ToolCallParser | None) -> Finished:
-        answer = stream.answer
-        if answer.finish_reason == "cancelled":
-            raise CancelledError("the answer was cancelled")
-        calls = tuple(parser.calls) if parser is not None else ()
-        reason = "tool_calls" if calls else answer.finish_reason
-        found = cite(answer, stream.documents, job.citations) if text.strip() and not calls else []
-        looked = attention_map(answer, stream.documents) if job.attention else None
-        return Finished(text.strip(), answer, reason, calls, tuple(found), looked, answer.stopped_by)
 
     def _suffix_bytes(self, caller: Caller, job: Job) -> int:
         """Return the bytes that the answer's suffixes will take: what a request costs beside the chunk KV it shares."""
         base, config = self.engine.base, self.engine.config
         row = 2 * (base.num_layers - 1) * base.num_kv_heads * base.head_dim * base.dtype.itemsize
-        texts = [job.text, *(message.content for message in job.messages)]
-        prompt = min(config.prompt_length, sum(len(text) for text in texts))
+        attached = [len(one.text) for one in job.request.documents]
+        prompt = min(config.prompt_length, sum(map(len, job.texts)) - sum(attached))
         chunks = self.memories.chunks(caller.tenant, job.memories)
-        chunks += sum(1 + len(one.text) // config.chunk_size for one in job.documents)
-        return int(chunks * (prompt + job.decode.max_tokens) * row)
+        chunks += sum(1 + length // config.chunk_size for length in attached)
+        return int(chunks * (prompt + job.request.decode.max_tokens) * row)
 
 
-def _deltas(stream: AnswerStream, parser: ToolCallParser | None) -> Iterator[Piece]:
-    """Yield text and parts of tool calls, without white space at either end of the whole."""
-    held: list[Token] = []
-
-    def texts() -> Iterator[str]:
-        for token in stream.tokens():
-            held.append(token)
-            if token.text:
-                yield token.text
-
-    def taken() -> tuple[Token, ...]:
-        tokens = tuple(held)
-        held.clear()
-        return tokens
-
-    if parser is None:
-        for text in trimmed(texts()):
-            yield Piece(ChatDelta(text), taken())
-    else:
-        for text in texts():
-            for delta in parser.push(text):
-                yield Piece(delta, taken())
-        for delta in parser.finish():
-            yield Piece(delta, taken())
-    if held:
-        yield Piece(ChatDelta(), taken())
+def _finished(job: Job, call: Call, text: str) -> Finished:
+    answer = call.stream.answer
+    if answer.finish_reason == "cancelled":
+        raise CancelledError("the answer was cancelled")
+    found = call.citations(job.citations) if text.strip() else []
+    looked = attention_map(answer, call.stream.documents) if job.attention else None
+    return Finished(text.strip(), answer, call.reason, call.calls, tuple(found), looked, answer.stopped_by)

@@ -15,12 +15,13 @@ from starlette.responses import JSONResponse, Response
 from focus_core.errors import ConfigError
 from focus_core.model.chat import Message, Tool, ToolCall
 from focus_core.server.access import Caller
-from focus_core.server.answering import STANDARD_CITATIONS, Answering, Finished, Job
+from focus_core.server.answering import Answering, Finished, Job
 from focus_core.server.errors import ApiError, error_body, translate
 from focus_core.server.http import Reader, event_stream, while_connected
 from focus_core.server.openai_api import citation_body, sampling
 from focus_core.server.schemas import AnthropicChoice, AnthropicTool, MessagesCount, MessagesRequest
-from focus_core.session.citations import Citation
+from focus_core.session.citations import STANDARD_CITATIONS, Citation
+from focus_core.session.request import Request as Asked
 from focus_core.text.corpus import Document
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "cancelled": "end_turn"}
@@ -69,15 +70,18 @@ def messages_job(body: MessagesRequest) -> Job:
     messages, documents = _messages(body.system, [turn.model_dump(exclude_none=True) for turn in body.messages])
     tools = _tools(body.tools)
     choice = body.tool_choice or AnthropicChoice(type="auto", name=None, disable_parallel_tool_use=None)
-    return Job(
-        messages,
+    asked = Asked(
         sampling(body, max_tokens=body.max_tokens, stop=body.stop_sequences),
+        messages,
         documents=documents,
-        memories=tuple(body.memories or ()),
-        wanted=body.memory_filter,
         tools=tools,
         choice=_choice(choice, tools),
         parallel=not choice.disable_parallel_tool_use,
+    )
+    return Job(
+        asked,
+        memories=tuple(body.memories or ()),
+        wanted=body.memory_filter,
         citations=STANDARD_CITATIONS if body.citations is None else body.citations,
         user=(body.metadata.user_id or "") if body.metadata else "",
     )
@@ -172,7 +176,7 @@ def _document(block: Mapping[str, Any], number: int) -> Document:
 
 def _citation(citation: Citation, job: Job) -> dict[str, Any]:
     """Return a citation in Anthropic's form, with ours beside it."""
-    order = [document.id for document in job.documents]
+    order = [document.id for document in job.request.documents]
     index = order.index(citation.document_id) if citation.document_id in order else len(order)
     ours = citation_body(citation)
     del ours["type"]

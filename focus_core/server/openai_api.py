@@ -17,13 +17,15 @@ from starlette.responses import JSONResponse, Response
 from focus_core.config import DecodeConfig
 from focus_core.generation import Token
 from focus_core.server.access import Caller
-from focus_core.server.answering import STANDARD_CITATIONS, Answering, Finished, Job, Piece
+from focus_core.server.answering import Answering, Finished, Job
 from focus_core.server.background import Background
 from focus_core.server.errors import ApiError, error_body, translate
 from focus_core.server.http import Reader, event_stream, while_connected
 from focus_core.server.schemas import ChatCompletionRequest, CompletionRequest, Sampling
-from focus_core.session.citations import AttentionMap, Citation
+from focus_core.session.citations import STANDARD_CITATIONS, AttentionMap, Citation
 from focus_core.session.openai import to_choice, to_messages, to_schema, to_tools
+from focus_core.session.request import Piece
+from focus_core.session.request import Request as Asked
 
 STANDARD_TOKENS = 256
 
@@ -136,17 +138,20 @@ def chat_job(body: ChatCompletionRequest) -> Job:
         stop=body.stop,
         logprobs=body.top_logprobs or 0,
     )
-    return Job(
-        messages,
+    asked = Asked(
         decode,
+        messages,
+        template="question" if body.template == "question" else "chat",
         documents=documents,
-        memories=tuple(body.memories or ()),
-        wanted=body.memory_filter,
         tools=tools,
         choice=to_choice(body.tool_choice, tools),
         parallel=body.parallel_tool_calls is not False,
         schema=to_schema(form),
-        question=body.template == "question",
+    )
+    return Job(
+        asked,
+        memories=tuple(body.memories or ()),
+        wanted=body.memory_filter,
         citations=STANDARD_CITATIONS if body.citations is None else body.citations,
         attention=bool(body.attention),
         user=body.user or "",
@@ -157,9 +162,7 @@ def completion_job(body: CompletionRequest, prompt: str) -> Job:
     """Return what a completion request asks for one of its prompts."""
     decode = sampling(body, max_tokens=body.max_tokens or 16, stop=body.stop, logprobs=body.logprobs or 0)
     return Job(
-        (),
-        decode,
-        text=prompt,
+        Asked(decode, text=prompt, template="raw"),
         memories=tuple(body.memories or ()),
         wanted=body.memory_filter,
         citations=STANDARD_CITATIONS if body.citations is None else body.citations,
@@ -178,9 +181,11 @@ def sampling(body: Sampling, *, max_tokens: int, stop: str | Sequence[str] | Non
 
 def several(job: Job, count: int) -> list[Job]:
     """Return one job for each of ``n`` choices; with a seed each has its own."""
-    if job.decode.seed is None:
+    asked = job.request
+    if asked.decode.seed is None:
         return [job] * count
-    return [replace(job, decode=replace(job.decode, seed=job.decode.seed + at)) for at in range(count)]
+    seeds = [replace(asked.decode, seed=asked.decode.seed + at) for at in range(count)]
+    return [replace(job, request=replace(asked, decode=decode)) for decode in seeds]
 
 
 async def _all(answering: Answering, caller: Caller, jobs: Sequence[Job]) -> list[tuple[list[Token], Finished]]:

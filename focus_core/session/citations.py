@@ -10,7 +10,8 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from focus_core.generation import Token
 from focus_core.method.attribution import Evidence
 from focus_core.text.corpus import Document
 
+STANDARD_CITATIONS = 3
+"""Most citations of an answer, where nobody says."""
 _CREDITED = 0.5
 """Share of the best passage's attention on a word that makes another passage a source of that word too."""
 
@@ -32,7 +35,7 @@ class Citation:
         start: first character of those words in the answer's text.
         end: character after them.
         document_id: of the document.
-        title: the document's, its id where it has none.
+        title: the document's, its file's name or its id where it has none.
         url: where the document came from, if it is known.
         page: of the passage, counted from 1, where the document has pages.
         source_start: first character of the passage in the document's text.
@@ -54,6 +57,10 @@ class Citation:
     score: float
     spans: tuple[tuple[int, int], ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields in plain JSON types."""
+        return {**asdict(self), "spans": [list(span) for span in self.spans]}
+
 
 @dataclass(frozen=True)
 class _Word:
@@ -67,10 +74,10 @@ def cite(answer: Answer, documents: Mapping[str, Document], limit: int) -> list[
 
     Args:
         answer: with its tokens and (tokens, k) attention.
-        documents: of the memory, by id.
+        documents: those that may be cited, by id.
         limit: most citations.
     """
-    words = words_of(answer)
+    words = words_of(answer) if limit else []
     if not words:
         return []
     by_chunk = torch.stack([word.attention for word in words])  # (words, k)
@@ -80,6 +87,8 @@ def cite(answer: Answer, documents: Mapping[str, Document], limit: int) -> list[
     for item in answer.passages:
         if len(found) >= limit:
             break
+        if item.document_id not in documents:
+            continue
         runs = _runs(words, credited[:, item.chunk].tolist(), by_chunk[:, item.chunk].tolist())
         if runs:
             found.append(_citation(item, documents[item.document_id], runs))
@@ -154,14 +163,11 @@ def _runs(words: Sequence[_Word], credited: Sequence[bool], mass: Sequence[float
 
 
 def _citation(item: Evidence, document: Document, runs: Sequence[tuple[float, int, int]]) -> Citation:
-    source = document.metadata.get("url") or document.metadata.get("source")
     return Citation(
         start=runs[0][1],
         end=runs[0][2],
         document_id=item.document_id,
-        title=str(document.metadata.get("title") or item.document_id),
-        url=str(source) if source else None,
-        page=page_of(document, item.start),
+        **about(document.metadata, item.document_id, item.start),
         source_start=item.start,
         source_end=item.end,
         cited_text=item.text,
@@ -170,12 +176,22 @@ def _citation(item: Evidence, document: Document, runs: Sequence[tuple[float, in
     )
 
 
-def page_of(document: Document, start: int) -> int | None:
-    """Return the page, counted from 1, that a character is on; ``None`` where the document has no pages.
+def about(metadata: Mapping[str, Any], name: str, start: int) -> dict[str, Any]:
+    """Return ``title``, ``url`` and ``page`` of a passage that begins at character ``start`` of a document.
 
-    A document's pages are known by ``metadata["page_starts"]``: the first character of each.
+    Args:
+        metadata: the document's; ``page_starts`` is the first character of each page of a whole document,
+            ``page_label`` the number of a document that is one page, as the frameworks' readers give it.
+        name: title of a document that has none.
+        start: first character of the passage.
     """
-    starts = document.metadata.get("page_starts")
-    if not isinstance(starts, list) or not starts:
-        return None
-    return max(1, bisect.bisect_right(starts, start))
+    url = metadata.get("url") or metadata.get("source")
+    title = metadata.get("title") or metadata.get("file_name") or name
+    return {"title": str(title), "url": str(url) if url else None, "page": _page(metadata, start)}
+
+
+def _page(metadata: Mapping[str, Any], start: int) -> int | None:
+    starts, label = metadata.get("page_starts"), str(metadata.get("page_label") or "")
+    if isinstance(starts, list) and starts:
+        return max(1, bisect.bisect_right(starts, start))
+    return int(label) if label.isdecimal() else None

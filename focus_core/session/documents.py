@@ -115,42 +115,6 @@ def source_dicts(answer: Answer) -> list[dict[str, Any]]:
     return [asdict(item) for item in answer.evidence]
 
 
-def citations(answer: Answer, documents: Mapping[str, Document], limit: int) -> list[dict[str, Any]]:
-    """Return the passages that received most attention as standard citation annotations, best first.
-
-    Args:
-        answer: whose whole text is cited for.
-        documents: of the memory, by id.
-        limit: most citations.
-
-    Returns:
-        Dictionaries with ``start_index`` and ``end_index`` in the answer's text, ``cited_text``, ``title``, ``url``
-        where the metadata have a source, and in ``extras`` the document's id, the score, and ``source_start`` and
-        ``source_end`` in the document's text.
-    """
-    found = []
-    for item in answer.passages[:limit] if answer.text else []:
-        document = documents[item.document_id]
-        source = document.metadata.get("url") or document.metadata.get("source")
-        citation = {
-            "type": "citation",
-            "id": f"{item.document_id}:{item.start}-{item.end}",
-            "title": str(document.metadata.get("title") or item.document_id),
-            **({"url": str(source)} if source else {}),
-            "cited_text": item.text,
-            "start_index": 0,
-            "end_index": len(answer.text),
-            "extras": {
-                "document_id": item.document_id,
-                "score": item.score,
-                "source_start": item.start,
-                "source_end": item.end,
-            },
-        }
-        found.append(citation)
-    return found
-
-
 def _is_path(text: str) -> bool:
     try:
         return len(text) < 1024 and "\n" not in text and Path(text).exists()

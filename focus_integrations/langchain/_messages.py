@@ -1,4 +1,4 @@
-"""Translate LangChain messages and tools to the core's and back.
+"""Translate LangChain messages to the core's and back.
 
 ``text-plain`` and ``file`` blocks of a message become documents for memory; other media are refused by name. Citations
 of an answer travel in ``response_metadata`` and appear as standard annotations in ``content_blocks``: langchain-core
@@ -26,7 +26,7 @@ from langchain_core.messages import (
 from langchain_core.messages.block_translators import register_translator
 
 from focus_core.errors import ConfigError, NotTextError
-from focus_core.model.chat import Message, Role, Tool, ToolCall
+from focus_core.model.chat import Message, Role, ToolCall
 from focus_core.text.corpus import Document
 from focus_integrations.langchain._model import PROVIDER
 
@@ -73,44 +73,6 @@ def to_messages(messages: Sequence[BaseMessage]) -> tuple[list[Message], list[Do
     documents: list[Document] = []
     found = [_to_message(message, documents) for message in messages]
     return found, documents
-
-
-def to_tools(tools: Sequence[Mapping[str, Any]]) -> list[Tool]:
-    """Translate tools in OpenAI's form, which ``bind_tools`` makes.
-
-    Raises:
-        ConfigError: one is not of that form.
-    """
-    found = []
-    for tool in tools:
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not function.get("name"):
-            raise ConfigError(f"a tool must be a function in OpenAI's form; got {tool!r}; use bind_tools to make it")
-        parameters = function.get("parameters")
-        schema = {"type": "object", "properties": {}} if parameters is None else parameters
-        found.append(Tool(str(function["name"]), str(function.get("description") or ""), schema))
-    return found
-
-
-def to_choice(choice: Any, tools: Sequence[Tool]) -> str:
-    """Translate every form of ``tool_choice`` to ``auto``, ``none``, ``required`` or a tool's name.
-
-    Raises:
-        ConfigError: it is none of these.
-    """
-    if isinstance(choice, Mapping):
-        function = choice.get("function")
-        choice = function.get("name") if isinstance(function, Mapping) else choice.get("name", choice.get("type"))
-    if choice is None or choice == "auto":
-        return "auto"
-    if choice is False or choice == "none":
-        return "none"
-    if choice is True or choice in ("any", "required"):
-        return "required"
-    if choice in [tool.name for tool in tools]:
-        return str(choice)
-    names = ", ".join(tool.name for tool in tools) or "no tools"
-    raise ConfigError(f"tool_choice {choice!r} is none of auto, none, any, required, True or a tool's name ({names})")
 
 
 def _to_message(message: BaseMessage, documents: list[Document]) -> Message:

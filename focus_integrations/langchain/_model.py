@@ -6,22 +6,28 @@ use and never belongs to a model object, so models are cheap to make, copy and p
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Annotated, Any, Literal, Self
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from langchain_core.callbacks import BaseRunManager, CallbackManager
 from langchain_core.globals import get_llm_cache
 from langchain_core.retrievers import BaseRetriever
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import ConfigDict, Field, SecretStr, model_validator
 
-from focus_core.answers import Answer, AnswerStream
 from focus_core.config import DecodeConfig
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
-from focus_core.session.documents import citations, fingerprint, source_dicts
+from focus_core.generation import check_cancelled
+from focus_core.session import concurrency
+from focus_core.session.arguments import refuse_unknown, taken
+from focus_core.session.citations import STANDARD_CITATIONS, Citation
+from focus_core.session.documents import fingerprint, source_dicts
 from focus_core.session.engines import Held, MemoryHolder, engine_fingerprint, shared_engine
+from focus_core.session.request import SAMPLING, Call, Request, begin, decode_of, seconds_of
+from focus_core.session.settings import AnswerSettings, CorpusSettings
 from focus_core.store.memory import Memory
 from focus_core.text.corpus import canonical
 
@@ -31,26 +37,24 @@ CONFIG = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True, protect
 CAPACITY = 1_000_000
 """Tokens that a prompt may have: memory has no window, so this is what a laptop's RAM holds of chunk KV."""
 
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked, and by whom: a prompt or messages, and the arguments of the call."""
+
+    what: Any
+    stop: list[str] | None
+    kwargs: dict[str, Any]
+    run_manager: Any
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
 running: ContextVar[BaseRunManager | None] = ContextVar("focusllm_running", default=None)
 """The traced run that a call belongs to, where langchain-core does not hand it on."""
 
-_SAMPLING = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-    "logprobs",
-    "reread",
-    "reread_tokens",
-    "reread_way",
-    "chunk_top_p",
-    "chunks_per_batch",
-)
 _PER_CALL = (
-    *_SAMPLING,
+    *SAMPLING,
+    "max_completion_tokens",
     "model",
     "documents",
     "memory",
@@ -62,33 +66,17 @@ _PER_CALL = (
 )
 
 
-class FocusCorpus(BaseModel):
-    """Fields that say which model reads what."""
+class FocusCorpus(CorpusSettings):
+    """Fields that say which model reads what, besides those of :class:`~focus_core.session.settings.CorpusSettings`."""
 
     model_config = CONFIG
 
-    model: str | None = Field(
-        default_factory=lambda: os.environ.get("FOCUSLLM_MODEL"), validation_alias=AliasChoices("model", "model_name")
-    )
-    """Base model: a name of `focusllm bases`, hub name, folder or GGUF file; the installed default if not given."""
-    adapter: str | None = Field(default_factory=lambda: os.environ.get("FOCUSLLM_ADAPTER"))
-    """Adapter folder or hub name; the shipped one if not given."""
-    documents: Any = None
-    """What every call reads: a path, texts, LangChain documents, or several of them."""
     memory: Any = Field(default=None, exclude=True, repr=False)
     """A core ``Memory`` that every call reads; what is added to it later is read too."""
-    memory_path: str | None = None
-    """Folder of a saved memory that every call reads."""
     memory_filter: Any = None
     """Part of the memory to read: ids, metadata that must be equal, or a function of a core ``Document``."""
     retriever: BaseRetriever | None = None
     """Finds documents for the prompt (the last message), which are read besides."""
-    chunk_size: int | None = None
-    """Most tokens of a chunk; the adapter's if not given."""
-    device: str | None = None
-    """``cpu`` or ``cuda``; chosen if not given."""
-    dtype: str | None = None
-    """``float32``, ``bfloat16`` or ``float16``; chosen if not given."""
     engine: FocusEngine | None = Field(default=None, exclude=True, repr=False)
     """A loaded engine to use instead of the process's."""
     holder: MemoryHolder = Field(default_factory=MemoryHolder, exclude=True, repr=False)
@@ -174,45 +162,11 @@ def _children(run: BaseRunManager | None) -> CallbackManager | None:
     return manager
 
 
-class FocusModel(FocusCorpus):
+class FocusModel(FocusCorpus, AnswerSettings):
     """Fields of :class:`FocusLLM` and :class:`ChatFocusLLM`; each is described in docs/langchain.md."""
 
-    template: Literal["chat", "question", "raw"] = "chat"
-    """``chat`` puts prompts as a user turn, ``question`` as the adapter was trained (briefly), ``raw`` as text."""
-    citations: int = Field(default=3, ge=0)
+    citations: int = Field(default=STANDARD_CITATIONS, ge=0)
     """Most citations of an answer."""
-    max_tokens: int = Field(default=128, validation_alias=AliasChoices("max_tokens", "max_completion_tokens"))
-    """Most tokens of an answer."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    """Nucleus sampling."""
-    top_k: int = 0
-    """Sample from the k likeliest; 0 from all."""
-    min_p: float = 0.0
-    """Leave out tokens less likely than this share of the likeliest."""
-    repetition_penalty: float = 1.0
-    """Above 1 discourages tokens that were there before."""
-    seed: int | None = None
-    """Makes sampling reproducible."""
-    stop: Annotated[list[str] | None, BeforeValidator(lambda given: [given] if isinstance(given, str) else given)] = (
-        Field(default=None, validation_alias=AliasChoices("stop", "stop_sequences"))
-    )
-    """Strings that end an answer."""
-    logprobs: int = 0
-    """Alternatives to report per token; 0 reports no log-probabilities."""
-    chunk_top_p: float | None = None
-    """Answers are read from the chunks that got this share of the attention; 1 for all, the adapter's if not given."""
-    reread: int | None = None
-    """Chunks with most attention that are read whole; 0 for none, the adapter's if not given."""
-    reread_tokens: int = 2048
-    """Most tokens of the chunks that are read whole."""
-    reread_way: Literal["run", "moved"] = "run"
-    """How they are read: run in front of the question, or their chunk KV moved there."""
-    chunks_per_batch: int | None = None
-    """Chunks run together in a step; chosen from free memory if not given."""
-    timeout: float | None = Field(default=None, gt=0)
-    """Most seconds that a caller waits, for whatever; then the call is stopped and raises ``TimeoutError``."""
     streaming: bool = False
     """Stream inside ``invoke``, so that callbacks hear every token."""
     max_retries: int | None = None
@@ -241,27 +195,43 @@ class FocusModel(FocusCorpus):
         Raises:
             ConfigError: the call has an option that is not known, or one out of its bounds.
         """
-        allowed = {*_PER_CALL, *known, "max_completion_tokens"}
-        unknown = sorted(name for name in kwargs if name not in allowed and not name.startswith("ls_"))
-        if unknown:
-            raise ConfigError(f"unknown option {', '.join(unknown)}; a call takes {', '.join(sorted(allowed))}")
-        given = dict(kwargs)
+        given = {name: value for name, value in kwargs.items() if not name.startswith("ls_")}
+        refuse_unknown(given, (*_PER_CALL, *known), "option")
         if given.get("max_completion_tokens") is not None:
             given["max_tokens"] = given["max_completion_tokens"]
-        values = {name: self._option(given, name) for name in _SAMPLING}
-        ends = stop if stop is not None else self.stop
-        return DecodeConfig(**values, stop=tuple([ends] if isinstance(ends, str) else ends or ()))
+        return decode_of({**given, "stop": stop}, self)
 
-    def _seconds(self, kwargs: Mapping[str, Any]) -> float | None:
-        """Return the time limit of a call.
+    def _begin(self, asked: Asked, request: Request) -> Call:
+        """Start a request: what does not fit the window, and attached documents, become memory."""
+        engine, run = self._get_engine(asked.kwargs), asked.run_manager
 
-        Raises:
-            ConfigError: it is no positive number.
-        """
-        seconds = kwargs.get("timeout", self.timeout)
-        if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
-            raise ConfigError(f"timeout must be a number of seconds above 0, or None; got {seconds!r}")
-        return seconds
+        def hold(question: str, documents: list[Any]) -> Held:
+            extra = [*self._find(question, run), *documents]
+            return self._hold(engine, extra, asked.kwargs, lambda: check_cancelled(asked.cancelled))
+
+        return begin(engine, request, hold, asked.cancelled)
+
+    def _streamed(self, asked: Asked, chunks: Callable[[Asked], Iterator[Any]]) -> Iterator[Any]:
+        """Yield the chunks of an answer within its time, and tell callbacks of each."""
+        seconds = seconds_of(asked.kwargs, self.timeout)
+        pieces = concurrency.iterate_within(seconds, lambda: chunks(asked), asked.cancelled)
+        yield from heard(pieces, asked.run_manager)
+
+    async def _astreamed(self, asked: Asked, chunks: Callable[[Asked], Iterator[Any]]) -> AsyncIterator[Any]:
+        """Like :meth:`_streamed`, beside the event loop."""
+        seconds = seconds_of(asked.kwargs, self.timeout)
+        async for chunk in concurrency.iterate(lambda event: chunks(replace(asked, cancelled=event)), seconds):
+            if asked.run_manager:
+                await asked.run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+            yield chunk
+
+    def get_num_tokens(self, text: str) -> int:
+        """Count tokens with the model's own tokenizer."""
+        return self._get_engine().count_tokens(text)
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Return the model's own token ids."""
+        return self._get_engine().tokenizer.encode(text)
 
     # -- facts --------------------------------------------------------------------------------------------------
 
@@ -281,7 +251,7 @@ class FocusModel(FocusCorpus):
         nothing.
         """
         kwargs = kwargs or {}
-        options = {name: self._option(kwargs, name) for name in (*_SAMPLING, "template", "citations")}
+        options = {name: self._option(kwargs, name) for name in (*SAMPLING, "template", "citations")}
         facts = {"name": kwargs.get("model") or self.model, **options, "own_stop": self.stop}
         if not self._cached() or self.retriever is not None:
             return facts
@@ -301,32 +271,62 @@ class FocusModel(FocusCorpus):
     def _name(self, engine: FocusEngine, kwargs: Mapping[str, Any]) -> str:
         return str(kwargs.get("model") or self.model or engine.loaded.name)
 
-    def _info(
-        self, engine: FocusEngine, answer: Answer, stream: AnswerStream, held: Held, kwargs: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
+        params = super()._get_ls_params(stop=stop, **kwargs)  # type: ignore[misc]
+        return {**params, "ls_provider": PROVIDER, "ls_model_name": kwargs.get("model") or self.model or PROVIDER}
+
+    def _info(self, call: Call, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return what chains may want to know of an answer: why it ended, sources with exact spans, probabilities."""
+        engine, answer = self._get_engine(kwargs), call.stream.answer
         info: dict[str, Any] = {
             "model_name": self._name(engine, kwargs),
-            "finish_reason": answer.finish_reason,
+            "finish_reason": call.reason,
             "supported": answer.supported,
             "sources": source_dicts(answer),
-            "citations": citations(answer, stream.documents, self._option(kwargs, "citations")),
-            "focus": {"chunks": answer.usage.chunks, "memory_tokens": answer.usage.memory, "read_now": held.created},
+            "citations": [annotation_of(one) for one in call.citations(self._option(kwargs, "citations"))],
+            "focus": {
+                "chunks": answer.usage.chunks,
+                "memory_tokens": answer.usage.memory,
+                "read_now": call.held.created,
+            },
         }
         if self._option(kwargs, "logprobs"):
             info["logprobs"] = {"content": [_logprob(engine, token) for token in answer.tokens]}
         return info
 
 
-def usage_of(answer: Answer, held: Held) -> dict[str, Any]:
+def heard(chunks: Iterator[Any], run_manager: Any) -> Iterator[Any]:
+    """Yield chunks after callbacks have heard of them."""
+    for chunk in chunks:
+        if run_manager:
+            run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+        yield chunk
+
+
+def annotation_of(citation: Citation) -> dict[str, Any]:
+    """Return LangChain's standard annotation of a citation: what it has no word for is in ``extras``."""
+    own = ("document_id", "page", "source_start", "source_end", "score", "spans")
+    return {
+        "type": "citation",
+        "id": f"{citation.document_id}:{citation.source_start}-{citation.source_end}",
+        "title": citation.title,
+        **({"url": citation.url} if citation.url else {}),
+        "cited_text": citation.cited_text,
+        "start_index": citation.start,
+        "end_index": citation.end,
+        "extras": taken(citation.to_dict(), own),
+    }
+
+
+def usage_of(call: Call) -> dict[str, Any]:
     """Return LangChain's usage metadata; memory tokens were served from kept chunk KV or computed for this call."""
-    created = min(held.created, answer.usage.memory)
-    read, written = answer.usage.local + answer.usage.memory, answer.usage.generated
+    usage = call.stream.answer.usage
+    read = usage.local + usage.memory
     return {
         "input_tokens": read,
-        "output_tokens": written,
-        "total_tokens": read + written,
-        "input_token_details": {"cache_read": answer.usage.memory - created, "cache_creation": created},
+        "output_tokens": usage.generated,
+        "total_tokens": read + usage.generated,
+        "input_token_details": {"cache_read": usage.memory - call.computed, "cache_creation": call.computed},
     }
 
 

@@ -7,14 +7,12 @@ are always well formed. The model is loaded at first use and shared by the proce
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any, Literal, Self
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, BaseRunManager, CallbackManagerForLLMRun
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
@@ -29,39 +27,15 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import model_validator
 
 from focus_core import __version__
-from focus_core.answers import AnswerStream
-from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
-from focus_core.generation import check_cancelled
-from focus_core.model.chat import ChatDelta, Message, ToolCallParser, render_messages
+from focus_core.model.chat import ChatDelta, render_messages
 from focus_core.session import concurrency
-from focus_core.session.engines import Held
-from focus_core.session.pieces import trimmed
-from focus_integrations.langchain._messages import to_choice, to_messages, to_tools
-from focus_integrations.langchain._model import CAPACITY, CONFIG, PROVIDER, FocusModel, running, usage_of
+from focus_core.session.openai import to_choice, to_schema, to_tools
+from focus_core.session.request import Call, Request, seconds_of
+from focus_integrations.langchain._messages import to_messages
+from focus_integrations.langchain._model import CAPACITY, CONFIG, PROVIDER, Asked, FocusModel, running, usage_of
 
 _KNOWN = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "strict", "stream")
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What is asked, and by whom."""
-
-    messages: list[BaseMessage]
-    stop: list[str] | None
-    kwargs: dict[str, Any]
-    cancelled: threading.Event
-    run_manager: BaseRunManager | None
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One running request."""
-
-    engine: FocusEngine
-    stream: AnswerStream
-    held: Held
-    parser: ToolCallParser | None
 
 
 class ChatFocusLLM(FocusModel, BaseChatModel):
@@ -104,12 +78,6 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
             given["response_format"] = _schema_of(given["response_format"])
         return str(sorted({**self._facts(given), "ends": stop}.items()))
 
-    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
-        params = super()._get_ls_params(stop=stop, **kwargs)
-        params["ls_provider"] = PROVIDER
-        params["ls_model_name"] = kwargs.get("model") or self.model or PROVIDER
-        return params
-
     def _resolve_model_profile(self) -> Any:
         return {
             "name": self.model or PROVIDER,
@@ -128,14 +96,6 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         }
 
     # -- token counts -------------------------------------------------------------------------------------------
-
-    def get_num_tokens(self, text: str) -> int:
-        """Count tokens with the model's own tokenizer."""
-        return self._get_engine().count_tokens(text)
-
-    def get_token_ids(self, text: str) -> list[int]:
-        """Return the model's own token ids."""
-        return self._get_engine().tokenizer.encode(text)
 
     def get_num_tokens_from_messages(
         self,
@@ -188,8 +148,8 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        request = _Request(messages, stop, kwargs, threading.Event(), run_manager)
-        return concurrency.within(self._seconds(kwargs), lambda: self._result(request), request.cancelled)
+        asked = Asked(messages, stop, kwargs, run_manager)
+        return concurrency.within(seconds_of(kwargs, self.timeout), lambda: self._result(asked), asked.cancelled)
 
     async def _agenerate(
         self,
@@ -198,9 +158,9 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
+        asked = Asked(messages, stop, kwargs, run_manager)
         return await concurrency.call(
-            lambda cancelled: self._result(_Request(messages, stop, kwargs, cancelled, run_manager)),
-            self._seconds(kwargs),
+            lambda event: self._result(replace(asked, cancelled=event)), seconds_of(kwargs, self.timeout)
         )
 
     def _stream(
@@ -210,12 +170,7 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        request = _Request(messages, stop, kwargs, threading.Event(), run_manager)
-        pieces = concurrency.iterate_within(self._seconds(kwargs), lambda: self._chunks(request), request.cancelled)
-        for chunk in pieces:
-            if run_manager:
-                run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-            yield chunk
+        yield from self._streamed(Asked(messages, stop, kwargs, run_manager), self._chunks)
 
     async def _astream(
         self,
@@ -224,87 +179,52 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        pieces = concurrency.iterate(
-            lambda cancelled: self._chunks(_Request(messages, stop, kwargs, cancelled, run_manager)),
-            self._seconds(kwargs),
-        )
-        async for chunk in pieces:
-            if run_manager:
-                await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+        async for chunk in self._astreamed(Asked(messages, stop, kwargs, run_manager), self._chunks):
             yield chunk
 
-    def _result(self, request: _Request) -> ChatResult:
-        call = self._begin(request)
+    def _result(self, asked: Asked) -> ChatResult:
+        call = self._begin(asked, self._request(asked))
         with call.stream:
-            text = "".join(delta.text for delta in _deltas(call)).strip()
-        parser = call.parser or ToolCallParser()
+            text = "".join(piece.delta.text for piece in call.pieces()).strip()
         message = AIMessage(
             content=text,
-            tool_calls=[tool_call(name=one.name, args=one.arguments, id=one.id) for one in parser.calls],
+            tool_calls=[tool_call(name=one.name, args=one.arguments, id=one.id) for one in call.calls],
             invalid_tool_calls=[
                 invalid_tool_call(name=name, args=arguments, id=key, error="the call was cut off or is no JSON")
-                for key, name, arguments in parser.broken
+                for key, name, arguments in (call.parser.broken if call.parser is not None else ())
             ],
-            **self._about(call, text, request.kwargs),
+            **self._about(call, asked.kwargs),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
-    def _chunks(self, request: _Request) -> Iterator[ChatGenerationChunk]:
-        call = self._begin(request)
-        text = ""
+    def _chunks(self, asked: Asked) -> Iterator[ChatGenerationChunk]:
+        call = self._begin(asked, self._request(asked))
         with call.stream:
-            for delta in _deltas(call):
-                text += delta.text
-                yield ChatGenerationChunk(message=_chunk(delta))
-        last = AIMessageChunk(content="", chunk_position="last", **self._about(call, text, request.kwargs))
+            for piece in call.pieces():
+                if piece.delta != ChatDelta():
+                    yield ChatGenerationChunk(message=_chunk(piece.delta))
+        last = AIMessageChunk(content="", chunk_position="last", **self._about(call, asked.kwargs))
         yield ChatGenerationChunk(message=last)
 
-    def _begin(self, request: _Request) -> _Call:
-        """Start a request: what does not fit the window, and attached documents, become memory."""
-        kwargs, cancelled = request.kwargs, request.cancelled
-        check_cancelled(cancelled)
-        decode, engine = self._decode(request.stop, kwargs, _KNOWN), self._get_engine(kwargs)
-        said, attached = to_messages(request.messages)
+    def _request(self, asked: Asked) -> Request:
+        kwargs = asked.kwargs
+        decode = self._decode(asked.stop, kwargs, _KNOWN)
+        said, attached = to_messages(asked.what)
         tools = to_tools(kwargs.get("tools") or ())
-        choice = to_choice(kwargs.get("tool_choice"), tools)
-        parallel = kwargs.get("parallel_tool_calls")
-        query = next((one.content for one in reversed(said) if one.role == "user"), "")
-        said = self._asked(engine, said, kwargs)
-        overflow, kept = engine.fit(said, tools if choice != "none" else (), decode.max_tokens)
-        extra = [*self._find(query, request.run_manager), *attached, *overflow]
-        held = self._hold(engine, extra, kwargs, lambda: check_cancelled(cancelled))
-        stream = engine.chat(
-            kept,
-            held.memory,
+        return Request(
+            decode,
+            said,
+            template=self._option(kwargs, "template"),
+            documents=attached,
             tools=tools,
-            tool_choice=choice,
-            parallel=parallel is not False,
+            choice=to_choice(kwargs.get("tool_choice"), tools),
+            parallel=kwargs.get("parallel_tool_calls") is not False,
             schema=_schema_of(kwargs.get("response_format")),
-            decode=decode,
-            cancelled=cancelled,
         )
-        return _Call(engine, stream, held, ToolCallParser() if tools and choice != "none" else None)
 
-    def _asked(self, engine: FocusEngine, said: list[Message], kwargs: Mapping[str, Any]) -> list[Message]:
-        """Put the last question as the adapter was trained, if that is asked for."""
-        template = self._option(kwargs, "template")
-        if template == "raw":
-            raise ConfigError("template 'raw' has no turns; use FocusLLM for it")
-        if template == "question" and said and said[-1].role == "user":
-            question = engine.info.question_template.replace("{question}", said[-1].content)
-            return [*said[:-1], replace(said[-1], content=question)]
-        return said
-
-    def _about(self, call: _Call, text: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-        answer = call.stream.answer
-        info = self._info(call.engine, answer, call.stream, call.held, kwargs)
-        if call.parser is not None and call.parser.calls:
-            info["finish_reason"] = "tool_calls"
-        info["citations"] = [{**one, "end_index": len(text)} for one in info["citations"]] if text else []
-        return {
-            "response_metadata": {**info, "model_provider": PROVIDER},
-            "usage_metadata": usage_of(answer, call.held),
-        }
+    def _about(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
+        about = {**self._info(call, kwargs), "model_provider": PROVIDER}
+        return {"response_metadata": about, "usage_metadata": usage_of(call)}
 
     # -- tools and structured output ----------------------------------------------------------------------------
 
@@ -380,17 +300,6 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         return RunnableMap(raw=llm) | assign.with_fallbacks([failed], exception_key="parsing_error")
 
 
-def _deltas(call: _Call) -> Iterator[ChatDelta]:
-    """Yield what the model writes, tool calls taken apart."""
-    for piece in trimmed(iter(call.stream)):
-        if call.parser is None:
-            yield ChatDelta(piece)
-        else:
-            yield from call.parser.push(piece)
-    if call.parser is not None:
-        yield from call.parser.finish()
-
-
 def _chunk(delta: ChatDelta) -> AIMessageChunk:
     if delta.index is None:
         return AIMessageChunk(content=delta.text)
@@ -400,14 +309,6 @@ def _chunk(delta: ChatDelta) -> AIMessageChunk:
 
 def _schema_of(form: Any) -> Mapping[str, Any] | bool | None:
     """Return the JSON schema of a ``response_format`` in OpenAI's form, or of a schema given as it is."""
-    if form is None or form == {"type": "text"}:
-        return None
-    if isinstance(form, Mapping) and form.get("type") == "json_object":
-        return {"type": "object"}
-    if isinstance(form, Mapping) and form.get("type") == "json_schema":
-        inner = form.get("json_schema")
-        schema = inner.get("schema") if isinstance(inner, Mapping) else None
-        if isinstance(schema, Mapping):
-            return schema
-        raise ConfigError(f"response_format needs json_schema.schema; got {json.dumps(form, default=str)}")
+    if form is None or (isinstance(form, Mapping) and form.get("type") in ("text", "json_object", "json_schema")):
+        return to_schema(form)
     return convert_to_json_schema(form)

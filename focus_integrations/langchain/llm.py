@@ -12,7 +12,6 @@ import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -20,14 +19,10 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
-from focus_core.answers import Answer, AnswerStream
-from focus_core.generation import check_cancelled
 from focus_core.method.passes import run_together
 from focus_core.session import concurrency
-from focus_core.session.engines import Held
-from focus_core.session.pieces import trimmed
-from focus_core.text.corpus import Document
-from focus_integrations.langchain._model import CONFIG, PROVIDER, FocusModel, usage_of
+from focus_core.session.request import Request, seconds_of
+from focus_integrations.langchain._model import CONFIG, PROVIDER, Asked, FocusModel, heard, usage_of
 
 _call_options: ContextVar[Mapping[str, Any]] = ContextVar("focusllm_call_options", default=MappingProxyType({}))
 _runs: ContextVar[Sequence[Any]] = ContextVar("focusllm_runs", default=())
@@ -108,20 +103,6 @@ class FocusLLM(FocusModel, BaseLLM):
                 prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **kwargs
             )
 
-    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
-        params = super()._get_ls_params(stop=stop, **kwargs)
-        params["ls_provider"] = PROVIDER
-        params["ls_model_name"] = kwargs.get("model") or self.model or PROVIDER
-        return params
-
-    def get_num_tokens(self, text: str) -> int:
-        """Count tokens with the model's own tokenizer."""
-        return self._get_engine().count_tokens(text)
-
-    def get_token_ids(self, text: str) -> list[int]:
-        """Return the model's own token ids."""
-        return self._get_engine().tokenizer.encode(text)
-
     def _generate_helper(
         self, prompts: list[str], stop: list[str] | None, run_managers: list[CallbackManagerForLLMRun], **kwargs: Any
     ) -> LLMResult:
@@ -147,15 +128,14 @@ class FocusLLM(FocusModel, BaseLLM):
     ) -> LLMResult:
         cancelled, runs = threading.Event(), _runs.get() or [run_manager] * len(prompts)
 
-        def answer(request: _Request) -> GenerationChunk:
-            if not self.streaming:
-                return _sum(self._chunks(request))
-            return _sum(_heard(self._chunks(request), request.run_manager))
+        def answer(asked: Asked) -> GenerationChunk:
+            chunks = self._chunks(asked)
+            return _sum(heard(chunks, asked.run_manager) if self.streaming else chunks)
 
         def work() -> list[GenerationChunk]:
-            return run_together(answer, _requests(prompts, stop, kwargs, cancelled, runs), cancelled)
+            return run_together(answer, _several(prompts, stop, kwargs, runs, cancelled), cancelled)
 
-        return self._results(concurrency.within(self._seconds(kwargs), work, cancelled), kwargs)
+        return self._results(concurrency.within(seconds_of(kwargs, self.timeout), work, cancelled), kwargs)
 
     async def _agenerate(
         self,
@@ -166,18 +146,17 @@ class FocusLLM(FocusModel, BaseLLM):
     ) -> LLMResult:
         runs = _runs.get() or [run_manager] * len(prompts)
         if self.streaming:
-            several = zip(prompts, runs, strict=True)
-            found = await asyncio.gather(*(self._aheard(prompt, stop, run, kwargs) for prompt, run in several))
-            return self._results(found, kwargs)
+            several = (Asked(prompt, stop, kwargs, run) for prompt, run in zip(prompts, runs, strict=True))
+            return self._results(await asyncio.gather(*map(self._aheard, several)), kwargs)
 
         def work(cancelled: threading.Event) -> list[GenerationChunk]:
-            requests = _requests(prompts, stop, kwargs, cancelled, runs)
-            return run_together(lambda request: _sum(self._chunks(request)), requests, cancelled)
+            several = _several(prompts, stop, kwargs, runs, cancelled)
+            return run_together(lambda asked: _sum(self._chunks(asked)), several, cancelled)
 
-        return self._results(await concurrency.call(work, self._seconds(kwargs)), kwargs)
+        return self._results(await concurrency.call(work, seconds_of(kwargs, self.timeout)), kwargs)
 
-    async def _aheard(self, prompt: str, stop: list[str] | None, run: Any, kwargs: dict[str, Any]) -> GenerationChunk:
-        return _sum([chunk async for chunk in self._astream(prompt, stop, run, **kwargs)])
+    async def _aheard(self, asked: Asked) -> GenerationChunk:
+        return _sum([chunk async for chunk in self._astreamed(asked, self._chunks)])
 
     def _results(self, found: Sequence[GenerationChunk], kwargs: dict[str, Any]) -> LLMResult:
         infos = [one.generation_info or {} for one in found]
@@ -197,9 +176,7 @@ class FocusLLM(FocusModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        request = _Request(prompt, stop, kwargs, threading.Event(), run_manager)
-        pieces = concurrency.iterate_within(self._seconds(kwargs), lambda: self._chunks(request), request.cancelled)
-        yield from _heard(pieces, run_manager)
+        yield from self._streamed(Asked(prompt, stop, kwargs, run_manager), self._chunks)
 
     async def _astream(
         self,
@@ -208,62 +185,27 @@ class FocusLLM(FocusModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        pieces = concurrency.iterate(
-            lambda cancelled: self._chunks(_Request(prompt, stop, kwargs, cancelled, run_manager)),
-            self._seconds(kwargs),
-        )
-        async for chunk in pieces:
-            if run_manager:
-                await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+        async for chunk in self._astreamed(Asked(prompt, stop, kwargs, run_manager), self._chunks):
             yield chunk
 
-    def _chunks(self, request: _Request) -> Iterator[GenerationChunk]:
-        stream, held = self._start(request)
-        with stream:
-            for piece in trimmed(iter(stream)):
-                yield GenerationChunk(text=piece)
-            info = self._about(stream.answer, stream, held, request.kwargs)
-        yield GenerationChunk(text="", generation_info=info)
-
-    def _start(self, request: _Request) -> tuple[AnswerStream, Held]:
-        """Begin an answer to a prompt of any length: what does not fit the window becomes memory."""
-        kwargs, cancelled = request.kwargs, request.cancelled
-        check_cancelled(cancelled)
-        decode, engine = self._decode(request.stop, kwargs), self._get_engine(kwargs)
-        head, tail = engine.split_prompt(request.prompt)
-        extra = [*self._find(tail, request.run_manager), *([Document("prompt", head)] if head.strip() else [])]
-        held = self._hold(engine, extra, kwargs, lambda: check_cancelled(cancelled))
-        template = self._option(kwargs, "template")
-        return engine.stream(tail, held.memory, decode=decode, template=template, cancelled=cancelled), held
-
-    def _about(self, answer: Answer, stream: AnswerStream, held: Held, kwargs: dict[str, Any]) -> dict[str, Any]:
-        info = self._info(self._get_engine(kwargs), answer, stream, held, kwargs)
-        usage = usage_of(answer, held) | {"memory_tokens": answer.usage.memory, "chunks": answer.usage.chunks}
-        return {**info, "usage": usage}
+    def _chunks(self, asked: Asked) -> Iterator[GenerationChunk]:
+        """Answer a prompt of any length: what does not fit the window becomes memory."""
+        template = self._option(asked.kwargs, "template")
+        request = Request(self._decode(asked.stop, asked.kwargs), text=asked.what, template=template)
+        call = self._begin(asked, request)
+        with call.stream:
+            for piece in call.pieces():
+                if piece.delta.text:
+                    yield GenerationChunk(text=piece.delta.text)
+            usage = call.stream.answer.usage
+            used = usage_of(call) | {"memory_tokens": usage.memory, "chunks": usage.chunks}
+        yield GenerationChunk(text="", generation_info={**self._info(call, asked.kwargs), "usage": used})
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What is asked, and by whom."""
-
-    prompt: str
-    stop: list[str] | None
-    kwargs: dict[str, Any]
-    cancelled: threading.Event
-    run_manager: Any
-
-
-def _requests(
-    prompts: list[str], stop: list[str] | None, kwargs: dict[str, Any], cancelled: threading.Event, runs: Sequence[Any]
-) -> list[_Request]:
-    return [_Request(prompt, stop, kwargs, cancelled, run) for prompt, run in zip(prompts, runs, strict=True)]
-
-
-def _heard(chunks: Iterator[GenerationChunk], run_manager: Any) -> Iterator[GenerationChunk]:
-    for chunk in chunks:
-        if run_manager:
-            run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-        yield chunk
+def _several(
+    prompts: list[str], stop: list[str] | None, kwargs: dict[str, Any], runs: Sequence[Any], cancelled: threading.Event
+) -> list[Asked]:
+    return [Asked(prompt, stop, kwargs, run, cancelled) for prompt, run in zip(prompts, runs, strict=True)]
 
 
 def _sum(chunks: Iterable[GenerationChunk]) -> GenerationChunk:

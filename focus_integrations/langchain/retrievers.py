@@ -26,6 +26,7 @@ from focus_core.errors import ConfigError
 from focus_core.generation import check_cancelled
 from focus_core.method.attribution import Evidence
 from focus_core.session import concurrency
+from focus_core.session.arguments import refuse_unknown
 from focus_core.session.engines import asked
 from focus_core.text.corpus import Document as CoreDocument
 from focus_integrations.langchain._model import CONFIG, FocusCorpus
@@ -75,11 +76,7 @@ class FocusRetriever(FocusCorpus, BaseRetriever):
         cancelled: threading.Event,
         run_manager: BaseRunManager,
     ) -> list[Document]:
-        unknown = sorted(set(kwargs) - {"documents", "memory", "memory_path", "memory_filter"})
-        if unknown:
-            raise ConfigError(
-                f"unknown option {', '.join(unknown)}; a retriever takes k, documents, memory, memory_filter"
-            )
+        refuse_unknown(kwargs, ("documents", "memory", "memory_path", "memory_filter"), "option")
         engine = self._get_engine()
         found = self._find(query, run_manager)
         held = self._hold(engine, found, kwargs, lambda: check_cancelled(cancelled))

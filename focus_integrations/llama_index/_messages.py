@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from llama_index.core.base.llms.types import (
@@ -26,14 +25,19 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
-from focus_core.answers import Answer, AnswerStream
+from focus_core.answers import Answer
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError, FocusError, NotTextError
-from focus_core.model.chat import CALL_CLOSE, CALL_OPEN, Message, Role, Tool, ToolCall, ToolCallParser
-from focus_core.session.documents import written
+from focus_core.model.chat import CALL_CLOSE, CALL_OPEN, Message, Role, ToolCall, ToolCallParser
+from focus_core.session.citations import cite
+from focus_core.session.documents import source_dicts, written
+from focus_core.session.request import Call
 from focus_core.text.corpus import Document, canonical
 
 logger = logging.getLogger(__name__)
+
+CITATIONS = 5
+"""Most citations of an answer."""
 
 _ROLES: dict[MessageRole, Role] = {
     MessageRole.SYSTEM: "system",
@@ -96,29 +100,6 @@ def to_messages(messages: Sequence[ChatMessage], skip: bool = False) -> tuple[li
     return found, documents
 
 
-def to_tools(tools: Iterable[dict[str, Any]]) -> list[Tool]:
-    """Return core tools of tools in the form that OpenAI's API takes.
-
-    Raises:
-        ConfigError: one of them has no name, or its parameters are no object schema.
-    """
-    found = []
-    for tool in tools:
-        function = tool.get("function", tool)
-        parameters = function.get("parameters") or {"type": "object", "properties": {}}
-        found.append(Tool(function.get("name", ""), function.get("description") or "", parameters))
-    return found
-
-
-def to_tool_choice(choice: str | dict[str, Any] | None, required: bool) -> str:
-    """Return ``auto``, ``none``, ``required`` or a tool's name for what frameworks pass as ``tool_choice``."""
-    if isinstance(choice, dict):
-        choice = str(choice.get("function", choice).get("name", "required"))
-    if choice in (None, "auto"):
-        return "required" if required else "auto"
-    return "required" if choice == "any" else str(choice)
-
-
 def _arguments(arguments: dict[str, Any] | str) -> dict[str, Any]:
     """Return the arguments of a call in the history; what is no JSON object is kept as it stands."""
     if isinstance(arguments, dict):
@@ -170,7 +151,7 @@ def _document(block: CitableBlock | DocumentBlock) -> Document:
 # -- out --------------------------------------------------------------------------------------------------------
 
 
-def texts_of(stream: AnswerStream, parser: ToolCallParser | None) -> Iterator[str]:
+def texts_of(stream: Iterable[str], parser: ToolCallParser | None) -> Iterator[str]:
     """Yield text; with a parser, tool calls in it go to the parser instead, and what is no call is text again."""
     if parser is None:
         yield from stream
@@ -203,33 +184,23 @@ def message_of(blocks: list[ContentBlock]) -> ChatMessage:
     return ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks)
 
 
-def citations_of(
-    answer: Answer, held: Mapping[str, Document], carried: Sequence[Document], limit: int
-) -> list[CitationBlock]:
+def citations_of(call: Call, carried: Sequence[Document]) -> list[CitationBlock]:
     """Return the best passages of the documents that a request's blocks carried, with their exact places.
 
-    Args:
-        answer: whose passages they are.
-        held: what was read, by id. A carried document may be held under another id than its own, which another document
-            of the memory has.
-        carried: by the request's blocks.
-        limit: most citations.
+    A carried document may be held under another id than its own, which another document of the memory has.
     """
     known = {(document.text, canonical(document.metadata)) for document in carried}
-    found: list[CitationBlock] = []
-    for passage in answer.passages:
-        document = held[passage.document_id]
-        if len(found) < limit and (document.text, canonical(document.metadata)) in known:
-            place = {"start": passage.start, "end": passage.end}
-            found.append(
-                CitationBlock(
-                    cited_content=TextBlock(text=passage.text),
-                    source=document.metadata["source"],
-                    title=document.metadata["title"],
-                    additional_location_info=place,
-                )
-            )
-    return found
+    held = {key: one for key, one in call.stream.documents.items() if (one.text, canonical(one.metadata)) in known}
+    own = ("page", "source_start", "source_end", "start", "end")  # LlamaIndex keeps whole numbers alone
+    return [
+        CitationBlock(
+            cited_content=TextBlock(text=citation.cited_text),
+            source=citation.url or citation.title,
+            title=citation.title,
+            additional_location_info={name: at for name in own if (at := getattr(citation, name)) is not None},
+        )
+        for citation in (cite(call.stream.answer, held, CITATIONS) if held and not call.calls else ())
+    ]
 
 
 def usage_of(answer: Answer) -> dict[str, int]:
@@ -242,27 +213,29 @@ def usage_of(answer: Answer) -> dict[str, int]:
     }
 
 
-def raw_of(answer: Answer, created: int, max_sources: int | None) -> dict[str, Any]:
-    """Return what an answer was made of, in plain JSON types.
+def about(call: Call, max_sources: int | None) -> dict[str, Any]:
+    """Return what a response says of its answer besides the text: ``raw``, ``logprobs`` and token counts.
 
     Args:
-        answer: finished.
-        created: memory tokens whose chunk KV was computed for this call; the others were kept from before.
+        call: that has ended.
         max_sources: documents to name, best first; ``None`` names all.
     """
-    cached = max(0, answer.usage.memory - created)
-    return {
-        "usage": {**usage_of(answer), "prompt_tokens_details": {"cached_tokens": cached}},
+    answer = call.stream.answer
+    usage = usage_of(answer)
+    raw = {
+        "usage": {**usage, "prompt_tokens_details": {"cached_tokens": answer.usage.memory - call.computed}},
         "finish_reason": answer.finish_reason,
         "focus": {
             "supported": answer.supported,
             "chunks": answer.usage.chunks,
             "memory_tokens": answer.usage.memory,
             "local_tokens": answer.usage.local,
-            "read_now": created,
-            "sources": [asdict(item) for item in answer.evidence[:max_sources]],
+            "read_now": call.held.created,
+            "sources": source_dicts(answer)[:max_sources],
+            "citations": [citation.to_dict() for citation in call.citations(CITATIONS)],
         },
     }
+    return {"raw": raw, "logprobs": logprobs_of(answer, call.engine), "additional_kwargs": usage}
 
 
 def logprobs_of(answer: Answer, engine: FocusEngine) -> list[list[LogProb]] | None:

@@ -7,36 +7,32 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import Any, Protocol, cast
 
-from focus_core.answers import AnswerStream
-from focus_core.config import DecodeConfig
 from focus_core.engine import FocusEngine
-from focus_core.errors import ConfigError
 from focus_core.generation import check_cancelled
 from focus_core.hardware import free_bytes
 from focus_core.model.chat import Message
 from focus_core.prompts import Template
+from focus_core.session.arguments import refuse_unknown
 from focus_core.session.documents import to_documents
 from focus_core.session.engines import Held, MemoryHolder
+from focus_core.session.openai import to_choice, to_tools
+from focus_core.session.request import SAMPLING, Call, Request, begin, decode_of
 from focus_core.store.memory import Memory
 from focus_core.text.corpus import Document
-from focus_integrations.llama_index._messages import to_tool_choice, to_tools
 
 MemorySource = Memory | Callable[[], Memory | None]
 
-_SAMPLING = tuple(field.name for field in fields(DecodeConfig) if field.name != "stop")
-CALL_OPTIONS = frozenset([*_SAMPLING, "stop", "documents", "template", "max_sources", "schema", "timeout"])
+CALL_OPTIONS = frozenset([*SAMPLING, "stop", "documents", "template", "max_sources", "schema", "timeout"])
 """What may be given per call."""
+_CHAT_OPTIONS = frozenset(["tools", "tool_choice", "tool_required", "parallel_tool_calls", "allow_parallel_tool_calls"])
 
 
 class Settings(Protocol):
     """What a request needs of a ``FocusLLM``, besides the fields that a call may set."""
 
     template: str
-    max_sources: int | None
-    stop: list[str] | None
     documents: Any
     memory_path: str | None
     _source: MemorySource | None
@@ -47,78 +43,52 @@ class Settings(Protocol):
         """The loaded engine."""
 
 
-class Request:
-    """One request: what a model and its arguments ask for."""
+def start(
+    llm: Settings, given: Mapping[str, Any], cancelled: threading.Event, asked: str | list[Message], *carried: Document
+) -> Call:
+    """Begin an answer.
 
-    def __init__(self, llm: Settings, kwargs: dict[str, Any], cancelled: threading.Event) -> None:
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        self.llm, self.engine = llm, llm.engine
-        self.cancelled = cancelled
-        self.template = given.pop("template", llm.template)
-        self.max_sources = kwargs.get("max_sources", llm.max_sources)
-        given.pop("max_sources", None)
-        given.pop("timeout", None)  # whoever waits looks at it
-        self.tools = to_tools(given.pop("tools", ()))
-        self.tool_choice = to_tool_choice(given.pop("tool_choice", None), bool(given.pop("tool_required", False)))
-        self.offered = [] if self.tool_choice == "none" else self.tools
-        self.parallel = bool(given.pop("parallel_tool_calls", given.pop("allow_parallel_tool_calls", True)))
-        self.schema = given.pop("schema", None)
-        self.documents = to_documents(given.pop("documents", []))
-        stop = given.pop("stop", llm.stop) or ()
-        self.held = Held(None)
-        self.options = {name: given.pop(name, getattr(llm, name)) for name in _SAMPLING}
-        self.options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-        if given:
-            known = ", ".join(sorted(CALL_OPTIONS))
-            raise ConfigError(f"unknown option {sorted(given)[0]!r}; a call takes {known}")
-
-    def prompt(self, prompt: str) -> AnswerStream:
-        """Begin an answer to a prompt of any length."""
-        if self.template == "chat" or self.schema is not None:
-            return self.conversation([Message("user", prompt)], [])
-        head, tail = self.engine.split_prompt(prompt)
-        memory = self._hold([Document("prompt", head)] if head.strip() else [])
-        template = cast(Template, self.template)
-        return self.engine.stream(tail, memory, template=template, cancelled=self.cancelled, **self.options)
-
-    def conversation(self, messages: list[Message], documents: list[Document]) -> AnswerStream:
-        """Begin an answer to a conversation of any length."""
-        moved, kept = self.engine.fit(messages, self.offered, self.options["max_tokens"])
-        return self.engine.chat(
-            kept,
-            self._hold([*documents, *moved]),
-            tools=self.tools,
-            tool_choice=self.tool_choice,
-            parallel=self.parallel,
-            schema=self.schema,
-            cancelled=self.cancelled,
-            **self.options,
-        )
-
-    def _hold(self, documents: list[Document]) -> Memory | None:
-        """Return what the call reads; documents that calls before it brought along are not computed again."""
-        source = self.llm._source
-        bound = source() if callable(source) else source
-        self.held = self.llm._holder.hold(
-            self.engine,
-            self.llm.documents if source is None else None,
-            bound if source is not None else self.llm.memory_path,
-            [*self.documents, *documents],
-            check=lambda: check_cancelled(self.cancelled),
-        )
-        return self.held.memory
-
-
-def seconds_of(kwargs: Mapping[str, Any], default: float | None) -> float | None:
-    """Return the time limit of a call.
+    Args:
+        llm: the model, whose settings stand where the call says nothing.
+        given: arguments of the call.
+        cancelled: stops it when set.
+        asked: a prompt or a conversation, of any length.
+        *carried: documents that the conversation's blocks carry.
 
     Raises:
-        ConfigError: it is no positive number.
+        ConfigError: an argument is unknown or bad.
     """
-    seconds = kwargs.get("timeout", default)
-    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
-        raise ConfigError(f"timeout must be a number of seconds above 0, or None; got {seconds!r}")
-    return seconds
+    given = {name: value for name, value in given.items() if value is not None}
+    refuse_unknown(given, CALL_OPTIONS | _CHAT_OPTIONS, "option")
+    template, schema = given.get("template", llm.template), given.get("schema")
+    if isinstance(asked, str) and (template == "chat" or schema is not None):
+        asked = [Message("user", asked)]
+    tools = to_tools(given.get("tools", ()))
+    choice = given.get("tool_choice", "auto")
+    request = Request(
+        decode_of(given, llm),
+        messages=() if isinstance(asked, str) else asked,
+        text=asked if isinstance(asked, str) else None,
+        template=cast(Template, template) if isinstance(asked, str) else "chat",
+        documents=[*to_documents(given.get("documents", [])), *carried],
+        tools=tools,
+        choice=to_choice("required" if given.get("tool_required") and choice == "auto" else choice, tools),
+        parallel=bool(given.get("parallel_tool_calls", given.get("allow_parallel_tool_calls", True))),
+        schema=schema,
+    )
+
+    def hold(_: str, documents: list[Any]) -> Held:
+        source = llm._source
+        bound = source() if callable(source) else source
+        return llm._holder.hold(
+            llm.engine,
+            llm.documents if source is None else None,
+            bound if source is not None else llm.memory_path,
+            documents,
+            check=lambda: check_cancelled(cancelled),
+        )
+
+    return begin(llm.engine, request, hold, cancelled)
 
 
 def capacity(engine: FocusEngine) -> int:

@@ -64,6 +64,11 @@ class Selection:
             made = self._made = (state, ids, snapshot.subset(ids))
         return made[2]
 
+    def reader(self, llm: FocusLLM, max_sources: int | None) -> FocusLLM | None:
+        """Return a model that reads the memory and names so many sources; ``None`` where there is nothing to read."""
+        memory = self.memory()
+        return llm.with_memory(memory, max_sources=max_sources) if len(memory) else None
+
 
 def _is_held(node: BaseNode, state: MemoryState) -> bool:
     """Whether a memory holds a node's present text; while it is replaced, the old one has passed no filter."""

@@ -25,7 +25,7 @@ from llama_index.core.memory import BaseMemory, ChatMemoryBuffer
 from llama_index.core.vector_stores.types import MetadataFilters
 
 from focus_core.errors import ConfigError
-from focus_integrations.llama_index._arguments import keywords, left, refuse_unknown, taken
+from focus_core.session.arguments import keywords, left, refuse_unknown, taken
 from focus_integrations.llama_index._found import Found
 from focus_integrations.llama_index._selection import ReadNodes, Selection
 from focus_integrations.llama_index.llm import FocusLLM

@@ -11,7 +11,7 @@ import pickle
 import threading
 from collections.abc import AsyncGenerator, Generator, Sequence
 from functools import partial
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -40,80 +40,35 @@ from llama_index_instrumentation import get_dispatcher
 
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
-from focus_core.model.chat import ToolCallParser
 from focus_core.session import concurrency
 from focus_core.session.engines import MemoryHolder, shared_engine
 from focus_core.session.pieces import trimmed
-from focus_integrations.llama_index._messages import (
-    blocks_of,
-    citations_of,
-    logprobs_of,
-    message_of,
-    raw_of,
-    texts_of,
-    to_messages,
-    to_tool_choice,
-    usage_of,
-)
-from focus_integrations.llama_index._request import MemorySource, Request, capacity, seconds_of
-
-_CITATIONS = 5
+from focus_core.session.request import seconds_of
+from focus_core.session.settings import AnswerSettings
+from focus_integrations.llama_index._messages import about, blocks_of, citations_of, message_of, texts_of, to_messages
+from focus_integrations.llama_index._request import MemorySource, capacity, start
 
 dispatcher = get_dispatcher(__name__)
 
 
-class FocusLLM(FunctionCallingLLM):
+class FocusLLM(AnswerSettings, FunctionCallingLLM):
     """A local model that reads documents and conversations longer than its window.
 
-    Every field of :class:`~focus_core.config.DecodeConfig` may also be given per call, and so may ``documents``,
-    ``template``, ``max_sources`` and ``schema`` (a JSON schema that the answer must be a value of).
+    Its parameters are those of :class:`~focus_core.session.settings.AnswerSettings` and the fields below. Every field
+    of :class:`~focus_core.config.DecodeConfig` may also be given per call, and so may ``documents``, ``template``,
+    ``max_sources`` and ``schema`` (a JSON schema that the answer must be a value of).
 
     Example:
         >>> from focus_integrations.llama_index import FocusLLM
         >>> FocusLLM(documents="contracts/").complete("Who signed the lease?").text  # doctest: +SKIP
     """
 
-    model: str | None = Field(
-        default=None, description="Base: a name of `focusllm bases`, hub name, folder or GGUF; the default if None."
-    )
-    adapter: str | None = Field(default=None, description="Adapter folder or hub name; the shipped one if None.")
-    documents: Any = Field(
-        default=None, description="What every call reads: path, texts, documents or nodes.", exclude=True
-    )
-    memory_path: str | None = Field(default=None, description="Folder of a saved memory to read.")
-    template: str = Field(default="chat", description="For completions: chat, question (short answers) or raw.")
-    max_tokens: int = Field(default=128, description="Most tokens of an answer.")
-    temperature: float = Field(default=0.0, description="0 is greedy.")
-    top_p: float = Field(default=1.0, description="Sample from the likeliest tokens that make up this probability.")
-    top_k: int = Field(default=0, description="Sample from the k likeliest tokens; 0 means all.")
-    min_p: float = Field(default=0.0, description="Leave out tokens less likely than this share of the likeliest.")
-    repetition_penalty: float = Field(default=1.0, description="Above 1 discourages repetition.")
-    seed: int | None = Field(default=None, description="Makes sampling reproducible, per request.")
-    stop: list[str] | None = Field(default=None, description="Strings that end an answer.")
-    logprobs: int = Field(default=0, description="Alternatives to report per token; 0 reports none.")
-    chunk_top_p: float | None = Field(
-        default=None, description="Share of attention whose chunks an answer is read from; 1: all, None: the adapter's."
-    )
-    reread: int | None = Field(
-        default=None, description="Chunks with most attention that are read whole; 0: none, None: the adapter's."
-    )
-    reread_tokens: int = Field(default=2048, description="Most tokens of the chunks that are read whole.")
-    reread_way: Literal["run", "moved"] = Field(default="run", description="How they are read, see DecodeConfig.")
-    chunks_per_batch: int | None = Field(
-        default=None, description="Chunks run together in a step; chosen from free memory if None."
-    )
-    max_sources: int | None = Field(default=10, description="Documents to name per answer, best first; None: all.")
-    timeout: float | None = Field(
-        default=None,
-        gt=0,
-        description="Seconds that a call may take, with reading and with waiting for others' reading.",
-    )
-    chunk_size: int | None = Field(default=None, description="Most tokens of a chunk.")
-    device: str | None = Field(default=None, description="cpu, cuda or mps; chosen if None.")
-    dtype: str | None = Field(default=None, description="float32, bfloat16 or float16; chosen if None.")
-    context_window: int | None = Field(
-        default=None, description="Tokens to report as capacity; what free memory holds as chunk KV if None."
-    )
+    documents: Any = Field(default=None, exclude=True)
+    """What every call reads: path, texts, documents or nodes."""
+    max_sources: int | None = 10
+    """Documents to name per answer, best first; all if None."""
+    context_window: int | None = None
+    """Tokens to report as capacity; what free memory holds as chunk KV if None."""
 
     _engine: FocusEngine | None = PrivateAttr(default=None)
     _source: MemorySource | None = PrivateAttr(default=None)
@@ -219,20 +174,13 @@ class FocusLLM(FunctionCallingLLM):
     ) -> CompletionResponseGen:
         if not formatted and self.completion_to_prompt is not None:
             prompt = self.completion_to_prompt(prompt)
-        call = Request(self, kwargs, cancelled)
+        call = start(self, kwargs, cancelled, prompt)
         text = ""
-        with call.prompt(prompt) as stream:
-            for piece in trimmed(stream):
+        with call.stream:
+            for piece in trimmed(call.stream):
                 text += piece
                 yield CompletionResponse(text=text, delta=piece)
-            answer = stream.answer
-        yield CompletionResponse(
-            text=text,
-            delta="",
-            raw=raw_of(answer, call.held.created, call.max_sources),
-            logprobs=logprobs_of(answer, self.engine),
-            additional_kwargs=usage_of(answer),
-        )
+        yield CompletionResponse(text=text, delta="", **about(call, kwargs.get("max_sources", self.max_sources)))
 
     # -- conversations ------------------------------------------------------------------------------------------
 
@@ -272,24 +220,16 @@ class FocusLLM(FunctionCallingLLM):
     def _stream_chat(
         self, messages: Sequence[ChatMessage], kwargs: dict[str, Any], cancelled: threading.Event
     ) -> ChatResponseGen:
-        call = Request(self, kwargs, cancelled)
-        turns, documents = to_messages(messages)
-        parser = ToolCallParser()
+        turns, carried = to_messages(messages)
+        call = start(self, kwargs, cancelled, turns, *carried)
         text = ""
-        with call.conversation(turns, documents) as stream:
-            for piece in trimmed(texts_of(stream, parser if call.offered else None)):
+        with call.stream:
+            for piece in trimmed(texts_of(call.stream, call.parser)):
                 text += piece
-                yield ChatResponse(message=message_of(blocks_of(text, parser.calls)), delta=piece)
-            answer = stream.answer
-        cited = citations_of(answer, stream.documents, documents, _CITATIONS) if documents else []
-        blocks = blocks_of(text, parser.calls, cited)
-        yield ChatResponse(
-            message=message_of(blocks),
-            delta="",
-            raw=raw_of(answer, call.held.created, call.max_sources),
-            logprobs=logprobs_of(answer, self.engine),
-            additional_kwargs=usage_of(answer),
-        )
+                yield ChatResponse(message=message_of(blocks_of(text, call.calls)), delta=piece)
+        blocks = blocks_of(text, call.calls, citations_of(call, carried))
+        facts = about(call, kwargs.get("max_sources", self.max_sources))
+        yield ChatResponse(message=message_of(blocks), delta="", **facts)
 
     # -- tools --------------------------------------------------------------------------------------------------
 
@@ -310,7 +250,8 @@ class FocusLLM(FunctionCallingLLM):
         return {
             "messages": [*(chat_history or []), *([user_msg] if user_msg is not None else [])],
             "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools],
-            "tool_choice": to_tool_choice(tool_choice, tool_required) if tools else "none",
+            "tool_choice": tool_choice if tools else "none",
+            "tool_required": tool_required,
             "parallel_tool_calls": allow_parallel_tool_calls,
             **kwargs,
         }

@@ -8,11 +8,11 @@ response modes, templates) stands on nodes, and so on a :class:`FocusRetriever`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
-from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, Response, StreamingResponse
+from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
 from llama_index.core.llms.llm import LLM
@@ -24,8 +24,8 @@ from llama_index.core.response_synthesizers.no_text import NoText
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import MetadataFilters
 
-from focus_integrations.llama_index._arguments import keywords, left, refuse_unknown, taken
-from focus_integrations.llama_index._found import Found
+from focus_core.session.arguments import keywords, left, refuse_unknown, taken
+from focus_integrations.llama_index._found import Found, aempty, empty
 from focus_integrations.llama_index._request import CALL_OPTIONS
 from focus_integrations.llama_index._selection import ReadNodes, Selection
 from focus_integrations.llama_index.llm import FocusLLM
@@ -78,44 +78,24 @@ class FocusQueryEngine(BaseQueryEngine):
         return {}
 
     def _query(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
-        with self.callback_manager.event(
-            CBEventType.QUERY, payload={EventPayload.QUERY_STR: query_bundle.query_str}
-        ) as event:
-            reader = self._reader()
+        payload = {EventPayload.QUERY_STR: query_bundle.query_str}
+        with self.callback_manager.event(CBEventType.QUERY, payload=payload) as event:
+            reader = self.selection.reader(self.llm, self.source_top_k)
             if reader is None:
-                response: RESPONSE_TYPE = self._empty()
-            elif self.streaming:
-                found = self._found(query_bundle)
-                response = StreamingResponse(
-                    found.pieces(reader.stream_complete(found.query, **self.options)), found.nodes, found.metadata
-                )
+                response = empty(EMPTY, self.streaming)
             else:
-                found = self._found(query_bundle)
-                completion = reader.complete(query_bundle.query_str, **self.options)
-                found.finish(completion.raw)
-                response = Response(completion.text, found.nodes, found.metadata)
+                response = self._found(query_bundle).respond(reader, self._call(query_bundle), self.streaming)
             event.on_end(payload={EventPayload.RESPONSE: response})
         return response
 
     async def _aquery(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
-        with self.callback_manager.event(
-            CBEventType.QUERY, payload={EventPayload.QUERY_STR: query_bundle.query_str}
-        ) as event:
-            reader = await asyncio.to_thread(self._reader)
+        payload = {EventPayload.QUERY_STR: query_bundle.query_str}
+        with self.callback_manager.event(CBEventType.QUERY, payload=payload) as event:
+            reader = await asyncio.to_thread(self.selection.reader, self.llm, self.source_top_k)
             if reader is None:
-                response: RESPONSE_TYPE = self._aempty()
-            elif self.streaming:
-                found = self._found(query_bundle)
-                response = AsyncStreamingResponse(
-                    found.apieces(lambda: reader.astream_complete(found.query, **self.options)),
-                    found.nodes,
-                    found.metadata,
-                )
+                response = aempty(EMPTY, self.streaming)
             else:
-                found = self._found(query_bundle)
-                completion = await reader.acomplete(query_bundle.query_str, **self.options)
-                found.finish(completion.raw)
-                response = Response(completion.text, found.nodes, found.metadata)
+                response = await self._found(query_bundle).arespond(reader, self._call(query_bundle), self.streaming)
             event.on_end(payload={EventPayload.RESPONSE: response})
         return response
 
@@ -161,21 +141,11 @@ class FocusQueryEngine(BaseQueryEngine):
             **self.options,
         )
 
-    def _reader(self) -> FocusLLM | None:
-        memory = self.selection.memory()
-        return self.llm.with_memory(memory, max_sources=self.source_top_k) if len(memory) else None
-
     def _found(self, query_bundle: QueryBundle) -> Found:
         return Found(query_bundle.query_str, self.index.node, self.index.metadata_mode, self.source_top_k)
 
-    def _empty(self) -> RESPONSE_TYPE:
-        return StreamingResponse(text for text in [EMPTY]) if self.streaming else Response(EMPTY)
-
-    def _aempty(self) -> RESPONSE_TYPE:
-        async def text() -> AsyncGenerator[str, None]:
-            yield EMPTY
-
-        return AsyncStreamingResponse(text()) if self.streaming else Response(EMPTY)
+    def _call(self, query_bundle: QueryBundle) -> dict[str, Any]:
+        return {"prompt": query_bundle.query_str, **self.options}
 
 
 _ENGINE = keywords(RetrieverQueryEngine.from_args, "retriever", "llm")

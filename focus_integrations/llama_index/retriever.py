@@ -16,8 +16,8 @@ from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import MetadataFilters
 
+from focus_core.session.arguments import refuse_unknown
 from focus_core.session.engines import asked
-from focus_integrations.llama_index._arguments import refuse_unknown
 from focus_integrations.llama_index._nodes import scored_nodes
 from focus_integrations.llama_index._request import CALL_OPTIONS
 from focus_integrations.llama_index._selection import ReadNodes, Selection
@@ -62,19 +62,15 @@ class FocusRetriever(BaseRetriever):
         self.options = {"template": "question", **options, "max_tokens": probe_tokens}
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        reader = self._reader()
+        reader = self.selection.reader(self.llm, self.similarity_top_k)
         return self._nodes(reader.complete(self._asked(query_bundle), **self.options)) if reader else []
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        reader = await asyncio.to_thread(self._reader)
+        reader = await asyncio.to_thread(self.selection.reader, self.llm, self.similarity_top_k)
         return self._nodes(await reader.acomplete(self._asked(query_bundle), **self.options)) if reader else []
 
     def _asked(self, query_bundle: QueryBundle) -> str:
         return asked(self.llm.engine, query_bundle.query_str)
-
-    def _reader(self) -> FocusLLM | None:
-        memory = self.selection.memory()
-        return self.llm.with_memory(memory, max_sources=self.similarity_top_k) if len(memory) else None
 
     def _nodes(self, completion: Any) -> list[NodeWithScore]:
         return scored_nodes(completion.raw["focus"]["sources"], self.index.node, self.similarity_top_k)

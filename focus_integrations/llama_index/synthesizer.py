@@ -6,10 +6,11 @@ and sources scored by attention. Chunk KV of nodes that earlier calls read is us
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, Response, StreamingResponse
+from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
 from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent, SynthesizeStartEvent
@@ -19,9 +20,9 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, Qu
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
 
+from focus_core.session.arguments import refuse_unknown
 from focus_core.text.corpus import Document
-from focus_integrations.llama_index._arguments import refuse_unknown
-from focus_integrations.llama_index._found import Found
+from focus_integrations.llama_index._found import Found, aempty, empty
 from focus_integrations.llama_index._nodes import to_documents
 from focus_integrations.llama_index._request import CALL_OPTIONS
 from focus_integrations.llama_index.llm import FocusLLM
@@ -85,20 +86,12 @@ class FocusSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         """Answer over nodes; they come back as sources, best first, scored by attention."""
         work = _Work(self, query, nodes, additional_source_nodes)
-        dispatcher.event(SynthesizeStartEvent(query=work.query))
-        with work.event(self._callback_manager) as event:
-            if not work.documents:
-                response: RESPONSE_TYPE = work.empty()
-            elif self._streaming:
-                response = StreamingResponse(
-                    work.found.pieces(self.reader.stream_complete(**work.call)), work.found.nodes, work.found.metadata
-                )
+        with work.event() as end:
+            if work.documents:
+                response = work.found.respond(self.reader, work.call, self._streaming)
             else:
-                completion = self.reader.complete(**work.call)
-                work.found.finish(completion.raw)
-                response = Response(completion.text, work.found.nodes, work.found.metadata)
-            event.on_end(payload={EventPayload.RESPONSE: response})
-        dispatcher.event(SynthesizeEndEvent(query=work.query, response=response))
+                response = empty(self._empty_response, self._streaming)
+            end(response)
         return response
 
     async def asynthesize(
@@ -110,22 +103,12 @@ class FocusSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         """Like :meth:`synthesize`, without blocking the event loop."""
         work = _Work(self, query, nodes, additional_source_nodes)
-        dispatcher.event(SynthesizeStartEvent(query=work.query))
-        with work.event(self._callback_manager) as event:
-            if not work.documents:
-                response: RESPONSE_TYPE = work.aempty()
-            elif self._streaming:
-                response = AsyncStreamingResponse(
-                    work.found.apieces(lambda: self.reader.astream_complete(**work.call)),
-                    work.found.nodes,
-                    work.found.metadata,
-                )
+        with work.event() as end:
+            if work.documents:
+                response = await work.found.arespond(self.reader, work.call, self._streaming)
             else:
-                completion = await self.reader.acomplete(**work.call)
-                work.found.finish(completion.raw)
-                response = Response(completion.text, work.found.nodes, work.found.metadata)
-            event.on_end(payload={EventPayload.RESPONSE: response})
-        dispatcher.event(SynthesizeEndEvent(query=work.query, response=response))
+                response = aempty(self._empty_response, self._streaming)
+            end(response)
         return response
 
     # -- texts --------------------------------------------------------------------------------------------------
@@ -176,18 +159,16 @@ class _Work:
         )
         self.call = {"prompt": self.query.query_str, "documents": self.documents, **owner.options}
 
-    def event(self, callback_manager: CallbackManager) -> Any:
-        return callback_manager.event(CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: self.query.query_str})
-
-    def empty(self) -> RESPONSE_TYPE:
-        if self.owner._streaming:
-            return StreamingResponse(self.owner._empty_response_generator())
-        return Response(self.owner._empty_response)
-
-    def aempty(self) -> RESPONSE_TYPE:
-        if self.owner._streaming:
-            return AsyncStreamingResponse(self.owner._empty_response_agenerator())
-        return Response(self.owner._empty_response)
+    @contextmanager
+    def event(self) -> Iterator[Callable[[RESPONSE_TYPE], None]]:
+        """Tell callbacks and dispatchers of the work; gives what is to be called with the response."""
+        dispatcher.event(SynthesizeStartEvent(query=self.query))
+        payload = {EventPayload.QUERY_STR: self.query.query_str}
+        made: list[RESPONSE_TYPE] = []
+        with self.owner._callback_manager.event(CBEventType.SYNTHESIZE, payload=payload) as event:
+            yield made.append
+            event.on_end(payload={EventPayload.RESPONSE: made[0]})
+        dispatcher.event(SynthesizeEndEvent(query=self.query, response=made[0]))
 
 
 def _of_texts(texts: Sequence[str]) -> list[Document]:

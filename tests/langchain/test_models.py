@@ -481,7 +481,7 @@ def test_bad_input_is_named(kind, tmp_path):
     model = kind(engine=ENGINE, max_tokens=4)
     with pytest.raises(ValidationError, match="temprature"):
         kind(temprature=0.5)
-    with pytest.raises(ConfigError, match="unknown option temprature"):
+    with pytest.raises(ConfigError, match="unknown option 'temprature'"):
         model.invoke("x", temprature=0.5)
     with pytest.raises(ConfigError, match="temperature must be"):
         model.invoke("x", temperature=-1)

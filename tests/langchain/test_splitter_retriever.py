@@ -99,7 +99,7 @@ async def test_ranking_async_filters_and_errors():
     assert {page.metadata["source"] for page in only} == {"dog"}
     with pytest.raises(ConfigError, match="something to read"):
         FocusRetriever(engine=ENGINE).invoke("x")
-    with pytest.raises(ConfigError, match="unknown option kk"):
+    with pytest.raises(ConfigError, match="unknown option 'kk'"):
         retriever.invoke("x", kk=3)
 
 

@@ -75,7 +75,7 @@ def test_attachments_of_one_name_are_all_read_and_cited(llm):
     }
     for block in cited(found):
         text, place = {"Old lease": OLD, "New lease": NEW}[block.title], block.additional_location_info
-        assert text[place["start"] : place["end"]] == block.cited_content.text
+        assert text[place["source_start"] : place["source_end"]] == block.cited_content.text
     files = llm.chat(asking(DocumentBlock(data=OLD.encode()), DocumentBlock(data=NEW.encode())))
     assert {block.cited_content.text.split()[1] for block in cited(files)} == {"cat", "dog"}
 
@@ -96,7 +96,7 @@ def test_an_attachment_named_like_a_document_in_memory(llm, engine):
         for block in cited(found):
             place = block.additional_location_info
             assert (block.source, block.title) == ("lease.pdf", "Lease")
-            assert NEW[place["start"] : place["end"]] == block.cited_content.text
+            assert NEW[place["source_start"] : place["source_end"]] == block.cited_content.text
 
 
 def test_blanks_are_left_out(llm, caplog):

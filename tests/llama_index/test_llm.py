@@ -171,7 +171,7 @@ def test_citable_content_is_cited_with_exact_places(llm):
     assert {block.source for block in cited} <= set(texts)
     for block in cited:
         place = block.additional_location_info
-        assert texts[block.source][place["start"] : place["end"]] == block.cited_content.text
+        assert texts[block.source][place["source_start"] : place["source_end"]] == block.cited_content.text
     assert found.message.content == found.message.blocks[0].text
     again = llm.chat([*HELLO, found.message, *HELLO])
     assert again.raw["focus"]["chunks"] == 0  # citations are output, not text to read again

@@ -1,6 +1,6 @@
-"""Sort the keyword arguments of an index's methods by who takes them, and refuse those that nobody takes.
+"""Sort keyword arguments by who takes them, and refuse those that nobody takes.
 
-LlamaIndex passes all of them to everybody, so a misspelt one is ignored; here it is named when the engine is made.
+Frameworks pass all of them to everybody, so a misspelt one is ignored; here it is named.
 """
 
 from __future__ import annotations
@@ -29,8 +29,14 @@ def left(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
 
 
-def refuse_unknown(values: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ``ConfigError`` for a name that is not known."""
+def refuse_unknown(values: Iterable[str], known: Iterable[str], what: str = "argument") -> None:
+    """Raise ``ConfigError`` for a name that is not known.
+
+    Args:
+        values: names that were given.
+        known: names that may be given.
+        what: the word for them.
+    """
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ConfigError(f"unknown argument {unknown[0]!r}; it may be one of {', '.join(sorted(known))}")
+        raise ConfigError(f"unknown {what} {unknown[0]!r}; it may be one of {', '.join(sorted(known))}")
