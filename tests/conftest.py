@@ -21,6 +21,7 @@ from focus_core import cli
 from focus_core.config import FocusConfig
 from focus_core.engine import FocusEngine
 from focus_core.model.candidate import CandidateAdapter
+from focus_core.model.chat import ToolCall, ToolCallParser
 from focus_core.model.families import FAMILIES, BaseDecoder
 from focus_core.model.hub import AdapterInfo, LoadedBase, fingerprint
 
@@ -145,6 +146,13 @@ def perturb(adapter: CandidateAdapter, seed: int = 1, scale: float = 0.1) -> Non
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.trainable_parameters():
         parameter.data += scale * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+def parse_tool_calls(text: str, request: str | None = None) -> tuple[str, tuple[ToolCall, ...]]:
+    """Split a model's whole output into its text and the tool calls in it."""
+    parser = ToolCallParser(request)
+    deltas = [*parser.push(text), *parser.finish()]
+    return "".join(delta.text for delta in deltas).strip(), tuple(parser.calls)
 
 
 EngineFactory = Callable[..., FocusEngine]

@@ -469,18 +469,6 @@ class ToolCallParser:
         return f"call_{digest[:24]}"
 
 
-def parse_tool_calls(text: str, request: str | None = None) -> tuple[str, tuple[ToolCall, ...]]:
-    """Split model output into its text and the tool calls in it.
-
-    Args:
-        text: the whole output; blocks that are no calls stay in it.
-        request: names the request; see :class:`ToolCallParser`.
-    """
-    parser = ToolCallParser(request)
-    deltas = [*parser.push(text), *parser.finish()]
-    return "".join(delta.text for delta in deltas).strip(), tuple(parser.calls)
-
-
 def _object(text: str) -> dict[str, Any] | None:
     value = _parsed(text)
     return value if isinstance(value, dict) else None

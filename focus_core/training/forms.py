@@ -323,4 +323,3 @@ _FORMS: dict[str, Callable[[random.Random], tuple[str, Asked]]] = {
     "german": _german,
     "french": _french,
 }
-FORMS = tuple(_FORMS)

