@@ -26,6 +26,29 @@ CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 
 
 @dataclass(frozen=True)
+class BrokenCall:
+    """What a model began as a call and did not end as one.
+
+    Args:
+        id: names it as a call's id would.
+        name: of the tool.
+        arguments: what stands for them, no JSON object unless ``rest`` is at fault.
+        rest: what was written behind them.
+    """
+
+    id: str
+    name: str
+    arguments: str
+    rest: str = ""
+
+    @property
+    def written(self) -> str:
+        """The text that the model wrote, white space in front of the arguments aside."""
+        head = f'{CALL_OPEN}\n{{"name": {json.dumps(self.name, ensure_ascii=False)}, "arguments": '
+        return head + self.arguments + self.rest
+
+
+@dataclass(frozen=True)
 class ToolCall:
     """A call that the model asks for.
 
@@ -360,8 +383,8 @@ class ToolCallParser:
     def __init__(self, request: str | None = None) -> None:
         self.request = request if request is not None else uuid.uuid4().hex
         self.calls: list[ToolCall] = []
-        self.broken: list[tuple[str, str, str]] = []
-        """(id, name, arguments) of calls whose arguments ended too early or are no JSON object."""
+        self.broken: list[BrokenCall] = []
+        """Calls that ended too early, whose arguments are no JSON object, or that have something else behind them."""
         self._held = ""
         self._read: Callable[[], list[ChatDelta] | None] = self._read_text
         self._count = 0
@@ -384,7 +407,9 @@ class ToolCallParser:
         if self._read == self._read_head:
             return self._whole(held, CALL_OPEN + held)
         if self._read == self._read_arguments:
-            self.broken.append((self._id(), self._name, self._arguments))
+            self.broken.append(BrokenCall(self._id(), self._name, self._arguments))
+        if self._read == self._read_tail:
+            self._end_call(held)
         return []
 
     def _read_text(self) -> list[ChatDelta] | None:
@@ -434,21 +459,25 @@ class ToolCallParser:
         return [ChatDelta(index=self._count, arguments=piece)]
 
     def _end_arguments(self, length: int) -> list[ChatDelta]:
-        deltas = self._take(length)
-        arguments = _object(self._arguments)
-        if arguments is None:
-            self.broken.append((self._id(), self._name, self._arguments))
-        else:
-            self.calls.append(ToolCall(self._id(), self._name, arguments))
-        self._count, self._read = self._count + 1, self._read_tail
-        return deltas
+        self._read = self._read_tail
+        return self._take(length)
 
     def _read_tail(self) -> list[ChatDelta] | None:
-        _, closed, after = self._held.partition(CALL_CLOSE)
+        rest, closed, after = self._held.partition(CALL_CLOSE)
         if not closed:
             return None
         self._held, self._read = after.lstrip("\n"), self._read_text
+        self._end_call(rest, closed)
         return []
+
+    def _end_call(self, rest: str, closed: str = "") -> None:
+        """Take what stands behind the arguments: nothing, the end of the object, or what makes it no call."""
+        arguments = _object(self._arguments)
+        if arguments is None or (rest.strip() and _object(f'{{"arguments": {{}}{rest}') is None):
+            self.broken.append(BrokenCall(self._id(), self._name, self._arguments, rest + closed))
+        else:
+            self.calls.append(ToolCall(self._id(), self._name, arguments))
+        self._count += 1
 
     def _whole(self, body: str, raw: str) -> list[ChatDelta]:
         """Read a block that is not in the usual order at once; what is no call is text."""

@@ -28,7 +28,7 @@ from llama_index.core.base.llms.types import (
 from focus_core.answers import Answer
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError, FocusError, NotTextError
-from focus_core.model.chat import CALL_CLOSE, CALL_OPEN, Message, Role, ToolCall, ToolCallParser
+from focus_core.model.chat import Message, Role, ToolCall, ToolCallParser
 from focus_core.session.citations import cite
 from focus_core.session.documents import source_dicts, written
 from focus_core.session.request import Call
@@ -159,17 +159,11 @@ def texts_of(stream: Iterable[str], parser: ToolCallParser | None) -> Iterator[s
     known = 0
     for piece in stream:
         yield from (delta.text for delta in parser.push(piece) if delta.text)
-        while len(parser.broken) > known:
-            yield f"{_as_written(parser.broken[known])}}}\n{CALL_CLOSE}"
-            known += 1
+        for call in parser.broken[known:]:
+            yield call.written
+        known = len(parser.broken)
     yield from (delta.text for delta in parser.finish() if delta.text)
-    yield from map(_as_written, parser.broken[known:])
-
-
-def _as_written(call: tuple[str, str, str]) -> str:
-    """Return what a model wrote of a call, up to the end of its arguments."""
-    _, name, arguments = call
-    return f'{CALL_OPEN}\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}'
+    yield from (call.written for call in parser.broken[known:])
 
 
 def blocks_of(text: str, calls: Sequence[ToolCall], citations: Sequence[CitationBlock] = ()) -> list[ContentBlock]:

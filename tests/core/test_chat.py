@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from focus_core.errors import ConfigError
 from focus_core.model.chat import (
+    CALL_CLOSE,
     CALL_OPEN,
     Message,
     Tool,
@@ -199,7 +200,7 @@ def test_a_cut_off_call_is_broken_not_invented():
     parser.push(CALL_OPEN + '{"name": "f", "arguments": {"a": ')
     parser.finish()
     assert parser.calls == []
-    assert [(name, arguments) for _, name, arguments in parser.broken] == [("f", '{"a": ')]
+    assert [(call.name, call.arguments) for call in parser.broken] == [("f", '{"a": ')]
 
 
 @pytest.mark.parametrize("arguments", ['{"a": "\\q"}', '{"a": "x\ny"}', '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"])
@@ -208,8 +209,32 @@ def test_arguments_that_are_no_json_are_broken(arguments):
     parser = ToolCallParser()
     deltas = parser.push(CALL_OPEN + '{"name": "f", "arguments": ' + arguments + "}</tool_call>") + parser.finish()
     assert parser.calls == []
-    assert [(name, text) for _, name, text in parser.broken] == [("f", arguments)]
+    assert [(call.name, call.arguments) for call in parser.broken] == [("f", arguments)]
     assert "".join(delta.arguments for delta in deltas) == arguments
+
+
+@pytest.mark.parametrize(
+    ("rest", "whole"),
+    [
+        ("}\n", True),
+        ("\n", True),  # small models forget the last brace
+        (', "id": "7"}', True),
+        ("} junk ", False),
+        ("}}", False),
+        ("} {}", False),
+        (" junk", False),
+    ],
+)
+@pytest.mark.parametrize("closed", [CALL_CLOSE, ""])
+def test_what_stands_behind_the_arguments_decides(rest, whole, closed):
+    """A call with something else before its end is none, and is kept as it was written, however it arrives."""
+    text = CALL_OPEN + '\n{"name": "f", "arguments": {"a": 1}' + rest + closed
+    parser = ToolCallParser()
+    for character in text:
+        parser.push(character)
+    parser.finish()
+    assert [(call.name, call.arguments) for call in parser.calls] == ([("f", {"a": 1})] if whole else [])
+    assert [call.written for call in parser.broken] == ([] if whole else [text])
 
 
 def test_equal_requests_get_different_ids():
