@@ -125,7 +125,8 @@ class _Clock:
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
-        self._end = None if seconds is None else time.monotonic() + seconds
+        bounded = seconds is not None and seconds < threading.TIMEOUT_MAX  # what locks can wait for
+        self._end = time.monotonic() + seconds if seconds is not None and bounded else None
 
     def _left(self) -> float | None:
         return None if self._end is None else max(0.0, self._end - time.monotonic())

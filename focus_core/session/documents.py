@@ -93,8 +93,8 @@ def kept_ids(documents: Iterable[Document], wanted: MemoryFilter) -> list[str]:
     if callable(wanted):
         return [document.id for document in documents if wanted(document)]
     if isinstance(wanted, Mapping):
-        items = wanted.items()
-        return [one.id for one in documents if all(one.metadata.get(key) == value for key, value in items)]
+        items, absent = wanted.items(), object()
+        return [one.id for one in documents if all(one.metadata.get(key, absent) == value for key, value in items)]
     if isinstance(wanted, str) or not isinstance(wanted, Collection):
         raise ConfigError(f"memory_filter must be ids, a metadata dict or a function; got {wanted!r}")
     unknown = sorted(set(wanted) - {document.id for document in documents})

@@ -7,6 +7,7 @@ computes only what is new. No framework is imported here.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import threading
 import weakref
@@ -154,6 +155,23 @@ class Held:
         return self.memory.tokens if self.memory is not None else 0
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What a call reads, as it is at one moment: nothing in it changes, whatever happens to what it was made from.
+
+    Args:
+        memory: of the model, ``None`` where there is none.
+        documents: of the model, ``None`` where there are none.
+        ids: what a filter keeps of both, ``None`` without a filter.
+        fingerprint: hash of everything about them that an answer depends on.
+    """
+
+    memory: Memory | None
+    documents: Any
+    ids: list[str] | None
+    fingerprint: str
+
+
 class MemoryHolder:
     """Reads documents and saved memories once, and afterwards only what changed in them.
 
@@ -196,26 +214,32 @@ class MemoryHolder:
                 return found
             return self._used_up[id(documents)][1]
 
-    def choice(
+    def moment(
         self,
         engine: FocusEngine,
         documents: Any = None,
         memory: Memory | str | Path | Place | None = None,
         wanted: MemoryFilter | None = None,
-    ) -> list[Document]:
-        """Return the documents of model and memory that a call reads; no chunk KV is computed.
+    ) -> Moment:
+        """Return what a call of a model would read now; no chunk KV is computed.
 
         Raises:
             ConfigError: a document is none, or the filter is bad.
             CorpusError: a document, or the saved memory, cannot be read.
         """
-        base = self._base(engine, memory, _patient)
+        base, kept = self._base(engine, memory, _patient), None
         found = base.documents if base is not None else []
         if documents is not None:
+            several = documents if isinstance(documents, (list, tuple)) else [documents]
+            if any(isinstance(item, Memory) for item in several):
+                documents = [item.snapshot() if isinstance(item, Memory) else item for item in several]
+            else:
+                documents = self.documents(documents)
             found = [*found, *distinct(self.documents(documents), found)]
-        known = base is not None or documents is not None
-        kept = set(kept_ids(found, wanted)) if wanted is not None and known else None
-        return [document for document in found if kept is None or document.id in kept]
+        if wanted is not None and (base is not None or documents is not None):
+            kept = kept_ids(found, wanted)
+            found = [document for document in found if document.id in set(kept)]
+        return Moment(base, documents, kept, f"{fingerprint(found)}-{_layout(base, found)}")
 
     def hold(
         self,
@@ -352,6 +376,17 @@ def _gathered(
     before = set(map(id, part.chunks))
     new = [chunk for chunk in held.chunks if id(chunk) not in before] if places.computed else []
     return held, sum(len(chunk.ids) for chunk in new if engine.encoder.key(chunk) in places.computed)
+
+
+def _layout(memory: Memory | None, documents: Sequence[Document]) -> str:
+    """Return a hash of how documents lie in a memory: which share a chunk, and the formats of chunk KV."""
+    kept, digest = {document.id for document in documents}, hashlib.sha256()
+    for slab in memory.state.slabs if memory is not None else ():
+        for chunk, _ in slab.between(0, slab.kv.size):
+            spans = [span for span in chunk.spans if span.document_id in kept]
+            if spans:
+                digest.update(f"{slab.kv.shape.format}{spans}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def _is_of(memory: Memory, engine: FocusEngine) -> bool:

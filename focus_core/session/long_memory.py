@@ -144,6 +144,10 @@ class LongMemory:
         """Share what is remembered: a copy of an agent has the same memory."""
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be pickled, alone or inside a tool: what is remembered is shared by folder."""
+        raise ConfigError("a LongMemory lives in one process and cannot be pickled; make another over the same folder")
+
     def _open(self) -> Memory:
         if self.folder is None:
             return self.engine.remember([])

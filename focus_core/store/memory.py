@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from focus_core.errors import ConfigError, EmptyCorpusError, OutOfMemoryError, StoreError
 from focus_core.hardware import free_bytes, is_out_of_memory
@@ -54,6 +55,12 @@ class Memory:
         self._origin: _Origin | None = None  # where it was last loaded from or saved to
         self._origins: dict[tuple[Path, str, str], _Origin] = {}
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be pickled or copied, alone or inside something else."""
+        raise ConfigError(
+            "a memory lives in one process and cannot be pickled or copied; save it, and load it where it is needed"
+        )
 
     # -- reading ------------------------------------------------------------------------------------------------
 

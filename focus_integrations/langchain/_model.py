@@ -25,7 +25,7 @@ from focus_core.session import concurrency
 from focus_core.session.arguments import refuse_unknown, taken
 from focus_core.session.citations import STANDARD_CITATIONS, Citation
 from focus_core.session.documents import fingerprint, source_dicts
-from focus_core.session.engines import Held, MemoryHolder, engine_fingerprint, shared_engine
+from focus_core.session.engines import Held, MemoryHolder, Moment, engine_fingerprint, shared_engine
 from focus_core.session.request import SAMPLING, Call, Request, begin, decode_of, seconds_of
 from focus_core.session.settings import AnswerSettings, CorpusSettings
 from focus_core.store.memory import Memory
@@ -240,9 +240,40 @@ class FocusModel(FocusCorpus, AnswerSettings):
         cached = getattr(self, "cache", None)
         return cached is not False and (cached is not None or get_llm_cache() is not None)
 
-    def _cacheable(self) -> Self:
-        """Return the model as it may be cached: what a retriever finds is known only when it was asked."""
-        return self if self.retriever is None else self.model_copy(update={"cache": False})
+    def _cacheable(self, kwargs: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """Return model and call as they may be cached: key and answer are made of what is there at this moment.
+
+        What a retriever finds is known only when it was asked, so nothing is cached then.
+        """
+        if self.retriever is not None:
+            return self.model_copy(update={"cache": False}), dict(kwargs)
+        if not self._cached():
+            return self, dict(kwargs)
+        return concurrency.within(seconds_of(kwargs, self.timeout), lambda: self._fixed(kwargs), threading.Event())
+
+    async def _acacheable(self, kwargs: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """Do the same beside the event loop: a saved memory may have to be loaded."""
+        if self.retriever is not None or not self._cached():
+            return self._cacheable(kwargs)
+        return await concurrency.call(lambda cancelled: self._fixed(kwargs), seconds_of(kwargs, self.timeout))
+
+    def _fixed(self, kwargs: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        now, given = self._moment(kwargs), dict(kwargs)
+        for name in ("memory", "memory_path", "memory_filter"):
+            given.pop(name, None)
+        if given.get("documents") is not None:
+            given["documents"] = [one.snapshot() if isinstance(one, Memory) else one for one in self._brought(kwargs)]
+        changes = {"memory": now.memory, "memory_path": None, "documents": now.documents, "memory_filter": now.ids}
+        return self.model_copy(update=changes), given
+
+    def _moment(self, kwargs: Mapping[str, Any]) -> Moment:
+        engine, memory = self._get_engine(kwargs), self._memory_of(kwargs)
+        return self.holder.moment(engine, self.documents, memory, _filter_of(self, kwargs))
+
+    def _options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what is known of a call before anything is loaded or read."""
+        options = {name: self._option(kwargs, name) for name in (*SAMPLING, "template", "citations")}
+        return {"name": kwargs.get("model") or self.model, **options, "own_stop": self.stop}
 
     def _facts(self, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return everything an answer depends on, the corpus included: this makes the LLM cache's keys.
@@ -251,16 +282,13 @@ class FocusModel(FocusCorpus, AnswerSettings):
         nothing.
         """
         kwargs = kwargs or {}
-        options = {name: self._option(kwargs, name) for name in (*SAMPLING, "template", "citations")}
-        facts = {"name": kwargs.get("model") or self.model, **options, "own_stop": self.stop}
+        facts = self._options(kwargs)
         if not self._cached() or self.retriever is not None:
             return facts
-        engine = self._get_engine(kwargs)
-        wanted = _filter_of(self, kwargs)
         return {
             **facts,
-            "model": engine_fingerprint(engine),
-            "corpus": fingerprint(self.holder.choice(engine, self.documents, self._memory_of(kwargs), wanted)),
+            "model": engine_fingerprint(self._get_engine(kwargs)),
+            "corpus": self._moment(kwargs).fingerprint,
             "call_documents": [
                 fingerprint(item.documents if isinstance(item, Memory) else [item]) for item in self._brought(kwargs)
             ],

@@ -69,8 +69,8 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
 
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
-        """Everything an answer depends on, the corpus included: this is the LLM cache's key."""
-        return self._facts()
+        """What traces show of a model; the LLM cache's key is made of :meth:`_get_llm_string`."""
+        return self._options({})
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         given = {name: value for name, value in kwargs.items() if not name.startswith("ls_")}
@@ -122,8 +122,9 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
     ) -> ChatResult:
         token = running.set(run_manager)
         try:
-            own: Any = super(ChatFocusLLM, self._cacheable())
-            return own._generate_with_cache(messages, stop, run_manager, **kwargs)  # type: ignore[no-any-return]
+            model, given = self._cacheable(kwargs)
+            own: Any = super(ChatFocusLLM, model)
+            return own._generate_with_cache(messages, stop, run_manager, **given)  # type: ignore[no-any-return]
         finally:
             running.reset(token)
 
@@ -136,8 +137,9 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
     ) -> ChatResult:
         token = running.set(run_manager)
         try:
-            own: Any = super(ChatFocusLLM, self._cacheable())
-            return await own._agenerate_with_cache(messages, stop, run_manager, **kwargs)  # type: ignore[no-any-return]
+            model, given = await self._acacheable(kwargs)
+            own: Any = super(ChatFocusLLM, model)
+            return await own._agenerate_with_cache(messages, stop, run_manager, **given)  # type: ignore[no-any-return]
         finally:
             running.reset(token)
 
@@ -190,8 +192,8 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
             content=text,
             tool_calls=[tool_call(name=one.name, args=one.arguments, id=one.id) for one in call.calls],
             invalid_tool_calls=[
-                invalid_tool_call(name=name, args=arguments, id=key, error="the call was cut off or is no JSON")
-                for key, name, arguments in (call.parser.broken if call.parser is not None else ())
+                invalid_tool_call(name=one.name, args=one.arguments, id=one.id, error="the call was cut off or is no JSON")
+                for one in (call.parser.broken if call.parser is not None else ())
             ],
             **self._about(call, asked.kwargs),
         )

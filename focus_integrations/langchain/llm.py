@@ -78,10 +78,11 @@ class FocusLLM(FocusModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         """Answer several prompts; what the call itself gives is part of the cache's key here."""
-        own: Any = super(FocusLLM, self._cacheable())
-        with _set(_call_options, kwargs):
+        model, given = self._cacheable(kwargs)
+        own: Any = super(FocusLLM, model)
+        with _set(_call_options, given):
             return own.generate(  # type: ignore[no-any-return]
-                prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **kwargs
+                prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **given
             )
 
     async def agenerate(
@@ -97,10 +98,11 @@ class FocusLLM(FocusModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         """Answer several prompts beside the event loop; see :meth:`generate`."""
-        own: Any = super(FocusLLM, self._cacheable())
-        with _set(_call_options, kwargs):
+        model, given = await self._acacheable(kwargs)
+        own: Any = super(FocusLLM, model)
+        with _set(_call_options, given):
             return await own.agenerate(  # type: ignore[no-any-return]
-                prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **kwargs
+                prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **given
             )
 
     def _generate_helper(

@@ -35,6 +35,7 @@ from focus_core.model.chat import ToolCall, write_tool_call
 from focus_core.session import engines
 from focus_core.session.long_memory import LongMemory
 from focus_core.store import memory as core_memory
+from focus_core.text.corpus import Document
 from focus_integrations.langchain import ChatFocusLLM, FocusLLM, FocusRetriever, FocusTextSplitter, memory_tools
 from focus_integrations.langchain._messages import to_messages
 from tests.langchain.conftest import EndlessEngine, ScriptedEngine, tiny_engine
@@ -153,6 +154,81 @@ async def test_a_cache_serves_no_old_contents(kind, tmp_path):
     for text in ("one", "two"):
         memory.remember(text, "note")
         assert _sources(saved) == [text]
+
+
+class _Changing(InMemoryCache):
+    """A cache in which something changes between a key and its answer."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.change = change
+
+    def lookup(self, prompt: str, llm_string: str) -> Any:
+        found = super().lookup(prompt, llm_string)
+        self.change()
+        return found
+
+
+@BOTH
+@pytest.mark.parametrize("what", ["memory", "memory_of_call", "filter", "file"])
+def test_what_changes_between_key_and_answer_is_not_cached_under_the_key(kind, what, tmp_path):
+    """A memory, a filter or a file that changes there: the answer is that of the moment the key was made."""
+    page, before, after = tmp_path / "a.txt", Document("a", "the cat sat"), Document("a", "the dog ran away")
+    page.write_text(before.text)
+    memory = ENGINE.remember([before, Document("b", "the hat")])
+    shown, done = {"a"}, []
+
+    def change() -> None:
+        if not done:
+            done.append(1)
+            memory.add([after])
+            page.write_text(after.text)
+            shown.clear()
+
+    options: dict[str, Any] = {} if what == "memory_of_call" else {"memory": memory}
+    call = {"memory": memory} if what == "memory_of_call" else {}
+    if what == "filter":
+        options["memory_filter"] = lambda document: document.id in shown
+    if what == "file":
+        options = {"documents": page}
+    model = kind(engine=ENGINE, max_tokens=2, cache=_Changing(change), **options)
+    sources = _sources(model, **call)
+    assert "the cat sat" in sources
+    assert "the dog ran away" not in sources
+    memory.add([before])
+    page.write_text(before.text)
+    shown.add("a")
+    assert _sources(model, **call) == sources
+
+
+@BOTH
+def test_a_cache_tells_apart_how_documents_lie_in_memory(kind):
+    """Documents that share a chunk give another answer than the same ones apart."""
+    pages, cache = [Document(name, f"the {name} sat") for name in ("cat", "dog")], InMemoryCache()
+    for packed in (True, False):
+        memory = ENGINE.remember(pages, packed=packed)
+        infos = [_info(kind(engine=ENGINE, memory=memory, max_tokens=2, cache=held)) for held in (cache, False)]
+        assert infos[0]["focus"]["chunks"] == infos[1]["focus"]["chunks"] == (1 if packed else 2)
+
+
+@BOTH
+async def test_a_cached_call_loads_nothing_on_the_event_loop(kind, tmp_path, monkeypatch):
+    """The key needs the saved memory, which is loaded beside the loop, within the time limit."""
+    ENGINE.remember([Document("a", "the cat sat")]).save(tmp_path / "kept")
+    threads, load = [], engines.find_place
+    monkeypatch.setattr(
+        engines, "find_place", lambda *given: (threads.append(threading.current_thread()), load(*given))[1]
+    )
+    model = kind(engine=ENGINE, memory_path=str(tmp_path / "kept"), max_tokens=2, cache=InMemoryCache())
+    await model.ainvoke("who?")
+    assert threads
+    assert threading.main_thread() not in threads
+
+
+def test_metadata_that_are_not_there_equal_nothing():
+    """A filter for ``None``, as an unset tenant gives, keeps no document that lacks the key."""
+    model = ChatFocusLLM(engine=ENGINE, documents=_pages(cat=1), max_tokens=1, memory_filter={"tenant": None})
+    assert _sources(model) == []
 
 
 def test_a_cache_keeps_stop_strings_and_forms():
@@ -485,6 +561,51 @@ def test_time_limits_have_bounds():
 
 
 # -- copies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [-1, 0, float("nan"), "soon"])
+def test_time_limits_are_positive_numbers(seconds):
+    """Of a model and of a call: one clear error."""
+    for kind in (FocusLLM, ChatFocusLLM):
+        with pytest.raises(ValidationError, match="timeout"):
+            kind(engine=ENGINE, timeout=seconds)
+        with pytest.raises(ConfigError, match="timeout must be a number of seconds above 0, or None; got"):
+            kind(engine=ENGINE).invoke("who?", timeout=seconds)
+
+
+@BOTH
+async def test_a_time_limit_may_be_without_end(kind):
+    """``inf`` and centuries are taken, streamed and not."""
+    for seconds in (float("inf"), 1e12):
+        model = kind(engine=ENGINE, max_tokens=2, timeout=seconds)
+        assert model.invoke("who?") is not None
+        assert await model.ainvoke("who?") is not None
+        assert list(model.stream("who?"))
+        assert [piece async for piece in model.astream("who?")]
+
+
+def test_what_holds_memory_says_how_to_take_it_elsewhere():
+    """Memories, alone or inside a tool, are not pickled: one error says what to do; a tool's copy shares its memory."""
+    long_memory = LongMemory(engine=ENGINE)
+    for held in (long_memory, memory_tools(long_memory)[0]):
+        with pytest.raises(ConfigError, match="cannot be pickled; make another over the same folder"):
+            pickle.dumps(held)
+    assert copy.deepcopy(memory_tools(long_memory)[0]).memory is long_memory
+    for copied in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(ConfigError, match="save it, and load it where it is needed"):
+            copied(ENGINE.remember(["the cat"]))
+
+
+def test_a_question_of_half_an_emoji_is_answered():
+    """It is read as U+FFFD, with a warning, as it is by the engine; so is half of one in a page."""
+    page = Page(page_content="the cat\ud83d sat", metadata={"of": "\ud83d"})
+    for kind in (FocusLLM, ChatFocusLLM):
+        with pytest.warns(UserWarning, match="holds half a surrogate pair"):
+            info = _info(kind(engine=ENGINE, documents=[page], max_tokens=2, cache=InMemoryCache()), "who \ud83d sat?")
+        assert [(source["start"], source["text"]) for source in info["sources"]] == [(0, "the cat\ufffd sat")]
+    with pytest.warns(UserWarning, match="holds half a surrogate pair"):
+        said = ChatFocusLLM(engine=ENGINE, max_tokens=4).invoke("who \ud83d?").content
+    assert said == ChatFocusLLM(engine=ENGINE, max_tokens=4).invoke("who \ufffd?").content
 
 
 def test_copies_share_what_cannot_be_copied():
