@@ -21,6 +21,8 @@ from focus_core.text.corpus import Document
 
 THREAD = "thread"
 """Metadata key of what was said in one conversation: only that conversation sees it."""
+STORE_ITEM = "langgraph_item"
+"""Metadata key of an item of langgraph's store: it belongs to a namespace, and no conversation sees it."""
 _OWN_ID = "langchain_id"
 
 
@@ -35,7 +37,8 @@ def visible_in(thread: str) -> Callable[[Document], bool]:
 
     def visible(document: Document) -> bool:
         own = document.metadata.get(THREAD)
-        return own is None or (bool(thread) and own == thread)
+        shared = own is None and STORE_ITEM not in document.metadata
+        return shared or (bool(thread) and own == thread)
 
     return visible
 

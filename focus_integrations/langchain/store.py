@@ -28,8 +28,8 @@ from langgraph.store.base import (
 from focus_core.errors import ConfigError
 from focus_core.session.long_memory import LongMemory
 from focus_core.text.corpus import Document
+from focus_integrations.langchain.memory import STORE_ITEM as _ITEM
 
-_ITEM = "langgraph_item"
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "$eq": lambda own, other: own == other,
     "$ne": lambda own, other: own != other,
@@ -107,7 +107,8 @@ class FocusMemoryStore(BaseStore):
 
 
 def _key(namespace: tuple[str, ...], key: str) -> str:
-    return json.dumps([*namespace, key], ensure_ascii=False)
+    name = json.dumps([*namespace, key], ensure_ascii=False)
+    return name.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair as JSON escapes it: ids stay apart
 
 
 def _text(value: Mapping[str, Any]) -> str:

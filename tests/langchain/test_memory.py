@@ -274,6 +274,20 @@ def test_the_store_does_what_langgraphs_own_does(tmp_path):
         store.search((), filter={"size": {"$near": 3}})
 
 
+def test_items_of_the_store_belong_to_their_namespace():
+    """Over one memory: no conversation sees them; ids with half an emoji stay apart."""
+    memory = LongMemory(engine=tiny_engine())
+    store = FocusMemoryStore(memory)
+    store.put(("users", "anna"), "pin", {"pin": "the cat sat"})
+    for half in ("\ud83d", "\ud83e"):
+        store.put((half,), half, {"text": half.encode("utf-8", "backslashreplace").decode()})
+    assert [store.get((half,), half).value["text"] for half in ("\ud83d", "\ud83e")] == ["\\ud83d", "\\ud83e"]
+    recall = memory_tools(memory)[1]
+    assert recall.invoke({"query": "pin?"}, {"configurable": {"thread_id": "ben"}}) == "nothing was remembered"
+    forget = memory_tools(memory)[2]
+    assert "there is no note" in forget.invoke({"id": memory.documents[0].id})
+
+
 async def test_searching_ranks_by_attention():
     """A query orders items by the scores of recall, within namespace and filter; async does not differ."""
     store = _filled(FocusMemoryStore(LongMemory(engine=ENGINE)))
