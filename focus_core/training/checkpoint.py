@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,6 +32,7 @@ from focus_core.model.candidate import CandidateAdapter
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
+_LOCK = ".training.lock"
 
 
 @dataclass
@@ -155,6 +157,23 @@ def read_checkpoint(output: Path, config: TrainConfig, origin: Mapping[str, str]
             "--data and --init, or choose another --output"
         )
     return Checkpoint(totals, tensors)
+
+
+def lock_run(output: Path) -> BaseFileLock:
+    """Make the folder of a run and keep others from training into it; the system lets go of the lock of a killed run.
+
+    Raises:
+        AdapterError: another run is training into it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise AdapterError(
+            f"another run is training into {output}; wait until it ends, or choose another --output"
+        ) from error
+    return lock
 
 
 def set_aside(output: Path) -> Path:

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import BaseFileLock
 from torch import Tensor, nn
 
 from focus_core.config import TrainConfig
+from focus_core.errors import AdapterError
 from focus_core.method.parallel import Scoring
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
@@ -29,6 +31,7 @@ from focus_core.training.checkpoint import (
     DamagedError,
     Totals,
     cut_log,
+    lock_run,
     read_checkpoint,
     save_checkpoint,
     set_aside,
@@ -128,7 +131,8 @@ def train(
 
     Raises:
         ConfigError: the examples of a step cannot be shared out over the processes.
-        AdapterError: the checkpoint belongs to other settings or another origin; nothing has been written.
+        AdapterError: the checkpoint belongs to other settings or another origin, or another run is training into
+            ``output``; nothing has been written.
     """
     processes = processes or Processes(base.device)
     run = _Run(base, adapter, stream, config, output, sink, processes, origin or {})
@@ -252,6 +256,7 @@ class _Run:
         self.origin = origin
         self.output, self.sink, self.processes = output, sink, processes
         self.totals, self.updating = Totals(), False
+        self.lock: BaseFileLock | None = None
         self.passes = processes.passes(config.examples_per_step, config.examples_per_pass)
         self.parameters = adapter.trainable_parameters()
         for parameter in self.parameters:
@@ -336,8 +341,15 @@ class _Run:
         self.processes.accelerator.wait_for_everyone()
 
     def resume(self, notice: Callable[[str], None]) -> None:
-        """Go on from the checkpoint, if there is a sound one, and make the folder."""
-        saved, damage = None, ""
+        """Go on from the checkpoint, if there is a sound one, in a folder that no other run writes to."""
+        saved, damage, refused = None, "", None
+        if self.processes.is_main:
+            try:
+                self.lock = lock_run(self.output)
+            except AdapterError as error:
+                refused = error
+        if self.processes.agree(refused is not None):
+            raise refused or AdapterError(f"another run is training into {self.output}")
         try:
             saved = read_checkpoint(self.output, self.config, self.origin)
         except DamagedError as error:
@@ -362,7 +374,9 @@ class _Run:
             self.totals.finish_from, self.totals.finish_steps = self.totals.step, steps
 
     def release(self) -> None:
-        """Let the adapter go, as it came: without gradients."""
+        """Let the folder go, and the adapter as it came: without gradients."""
+        if self.lock is not None:
+            self.lock.release()
         for parameter in self.parameters:
             parameter.requires_grad_(False)
             parameter.grad = None

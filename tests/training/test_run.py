@@ -300,6 +300,23 @@ def test_a_damaged_checkpoint_is_kept_aside(damage, tokenizer, book, tmp_path):
     assert "kept in" in notices[0]
 
 
+def test_two_runs_do_not_train_into_one_folder(tokenizer, book, tmp_path):
+    """A second run is refused while the first one trains, and leaves it as it would be alone; later it may resume."""
+    _, alone = _train(tokenizer, book, tmp_path / "alone", steps=2)
+    output, refused, model = tmp_path / "run", [], tiny_model("llama")
+    loaded = LoadedBase(model, tokenizer, "tiny", fingerprint(model))
+
+    def report(done):
+        with pytest.raises(AdapterError, match="wait until it ends, or choose another --output") as one:
+            _train(tokenizer, book, output, steps=2)
+        refused.append(one)
+
+    train_adapter(loaded, [book], output, TrainConfig.from_dict(SETTINGS | {"steps": 2}), chunk_size=64, report=report)
+    assert len(refused) == 2
+    assert [row["loss"] for row in _log(output)] == alone
+    _train(tokenizer, book, output, steps=2)
+
+
 def test_what_an_adapter_began_with_stays_its_own(tokenizer, book, tmp_path):
     """Training on from an adapter keeps the share of attention that it is answered with."""
     loaded, _ = _train(tokenizer, book, tmp_path / "a", steps=1)
