@@ -57,12 +57,7 @@ class Document:
         for name in ("id", "text"):
             value = getattr(self, name)
             if isinstance(value, str) and _SURROGATE.search(value):
-                object.__setattr__(self, name, well_formed(value))
-                warnings.warn(
-                    f"the {name} of document {self.id!r} holds half a surrogate pair, which is no character; it is "
-                    "read as U+FFFD",
-                    stacklevel=3,
-                )
+                object.__setattr__(self, name, read_well_formed(value, f"the {name} of document {self.id!r}"))
 
     @property
     def text_sum(self) -> bytes:
@@ -73,6 +68,14 @@ class Document:
 def well_formed(text: str) -> str:
     """Replace each lone surrogate by U+FFFD: as many characters, and every encoding can write them."""
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
+
+
+def read_well_formed(text: str, name: str = "a text") -> str:
+    """Do what :func:`well_formed` does, with a warning where anything is replaced."""
+    replaced = well_formed(text)
+    if replaced is not text and replaced != text:
+        warnings.warn(f"{name} holds half a surrogate pair, which is no character; it is read as U+FFFD", stacklevel=4)
+    return replaced
 
 
 def named_path(text: str) -> Path | None:
@@ -119,7 +122,7 @@ def read_documents(paths: Iterable[str | Path], *, skipped: Skipped = lambda pat
                     yield _read(file)
                 except CorpusError as error:
                     skipped(file, str(error))
-        elif path.is_file():
+        elif path.is_file() or path.is_fifo():  # the output of another command is a pipe in bash
             yield _read(path)
         else:
             raise DocumentNotFoundError(f"no file or folder at {str(path)!r}; check the path")
@@ -195,7 +198,15 @@ def _files(folder: Path, skipped: Skipped) -> list[Path]:
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [here / name for name in names if not name.startswith(".")]
-    return sorted(file for file in found if file.is_file())
+    return sorted(file for file in found if _is_file(file, skipped))
+
+
+def _is_file(path: Path, skipped: Skipped) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:  # a folder that may be listed and not entered
+        skipped(path, f"cannot be read ({error.strerror})")
+        return False
 
 
 def _read(path: Path) -> Document:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerBase
 
 from focus_core.errors import BaseModelError
-from focus_core.text.corpus import well_formed
+from focus_core.text.corpus import read_well_formed
 
 Ints = NDArray[np.int64]
 
@@ -99,7 +99,7 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text; special-token strings in it are ordinary characters."""
-        text = well_formed(text)
+        text = read_well_formed(text)
         if self._tiktoken is not None and self._tiktoken.accepts(text):
             ids = self._tiktoken.encode(text)
             if ids is not None:
@@ -108,7 +108,7 @@ class TextTokenizer:
 
     def encode_with_offsets(self, text: str) -> Encoded:
         """Return ids and exact character offsets of plain text."""
-        text = well_formed(text)
+        text = read_well_formed(text)
         if self._tiktoken is not None and self._tiktoken.accepts(text):
             fast = self._tiktoken.encode_with_offsets(text)
             if fast is not None:
@@ -156,7 +156,7 @@ class TextTokenizer:
 
     def encode_markup(self, text: str) -> list[int]:
         """Return the ids of text that a chat template wrote: special-token strings in it are special tokens."""
-        text = well_formed(text)
+        text = read_well_formed(text)
         return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids) if text else []
 
     def decode(self, ids: list[int]) -> str:

@@ -36,7 +36,7 @@ from focus_integrations.llama_index._nodes import to_documents
 from focus_integrations.llama_index.chat_engine import chat_engine
 from focus_integrations.llama_index.events import FocusPrefillEvent
 from focus_integrations.llama_index.llm import FocusLLM
-from focus_integrations.llama_index.node_parser import FocusNodeParser
+from focus_integrations.llama_index.node_parser import FocusNodeParser, hashable
 from focus_integrations.llama_index.query_engine import query_engine
 from focus_integrations.llama_index.retriever import FocusRetriever
 
@@ -121,7 +121,7 @@ class FocusMemoryIndex(BaseIndex[IndexList]):
         """
         values["llm"] = values.get("llm") or FocusLLM()
         return super().from_documents(
-            documents,
+            list(map(hashable, documents)),
             storage_context=storage_context,
             show_progress=show_progress,
             callback_manager=callback_manager,
@@ -188,6 +188,22 @@ class FocusMemoryIndex(BaseIndex[IndexList]):
             self.memory.add(documents, progress=report)
         known = set(struct.nodes)
         struct.nodes.extend(document.id for document in documents if document.id not in known)
+
+    def insert(self, document: Document, **insert_kwargs: Any) -> None:
+        """Cut a document into nodes and read them."""
+        super().insert(hashable(document), **insert_kwargs)
+
+    async def ainsert(self, document: Document, **insert_kwargs: Any) -> None:
+        """Cut a document into nodes and read them without blocking the event loop."""
+        await super().ainsert(hashable(document), **insert_kwargs)
+
+    def refresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
+        """Read the documents that are new or changed; returns which were."""
+        return super().refresh_ref_docs(list(map(hashable, documents)), **update_kwargs)
+
+    async def arefresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
+        """Read the documents that are new or changed without blocking the event loop; returns which were."""
+        return await super().arefresh_ref_docs(list(map(hashable, documents)), **update_kwargs)
 
     async def ainsert_nodes(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
         """Insert nodes without blocking the event loop."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
@@ -46,6 +46,26 @@ class FocusMemoryBlock(BaseMemoryBlock[str]):
 
     _sessions: dict[str, LongMemory] = PrivateAttr(default_factory=dict)
     _lock: Any = PrivateAttr(default_factory=threading.RLock)
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Share what is remembered: a copy of an agent has the same memory."""
+        return self
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Return the settings: another process reads the sessions out of the folder.
+
+        Raises:
+            ConfigError: there is no folder.
+        """
+        if self.folder is None:
+            raise ConfigError(
+                "a memory block without folder= lives in one process and cannot be pickled; give a folder"
+            )
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """Begin with no session open."""
+        self.__init__(**state)  # type: ignore[misc]
 
     # -- LlamaIndex ---------------------------------------------------------------------------------------------
 
@@ -120,4 +140,4 @@ def _written(message: ChatMessage) -> str:
 
 
 def _folder_of(session_id: str) -> str:
-    return f"session-{hashlib.sha256(session_id.encode()).hexdigest()[:16]}"
+    return f"session-{hashlib.sha256(session_id.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"

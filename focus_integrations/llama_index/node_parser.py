@@ -11,7 +11,7 @@ import hashlib
 import uuid
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.node_parser.interface import IdFuncCallable, MetadataAwareTextSplitter
@@ -23,9 +23,11 @@ from transformers import PreTrainedTokenizerBase
 from focus_core.errors import ConfigError
 from focus_core.model.hub import load_tokenizer
 from focus_core.text.chunking import Chunk, cut
+from focus_core.text.corpus import read_well_formed, well_formed
 from focus_core.text.tokenization import TextTokenizer
 
 _NAMESPACE = uuid.UUID("6f0c5ad1-4f4e-5d9b-9d0e-24081174500f")
+N = TypeVar("N", bound=BaseNode)
 _LEAST_TEXT = 8  # tokens of a chunk that must be left for text beside the metadata
 
 
@@ -125,7 +127,7 @@ class FocusNodeParser(MetadataAwareTextSplitter):
 
     def _parse_nodes(self, nodes: Sequence[BaseNode], show_progress: bool = False, **kwargs: Any) -> list[BaseNode]:
         found: list[BaseNode] = []
-        for node in get_tqdm_iterable(nodes, show_progress, "Parsing nodes"):
+        for node in get_tqdm_iterable(list(map(hashable, nodes)), show_progress, "Parsing nodes"):
             text = node.get_content(metadata_mode=MetadataMode.NONE)
             header = self._get_metadata_str(node) if self.include_metadata else ""
             chunks = self._cut(text, header, node)
@@ -175,5 +177,16 @@ class FocusNodeParser(MetadataAwareTextSplitter):
         return len(self._tokenizer.encode(piece))
 
 
+def hashable(node: N) -> N:
+    """Return a node whose text LlamaIndex can hash: half a surrogate pair is read as U+FFFD, with a warning."""
+    text = node.get_content(metadata_mode=MetadataMode.NONE) if isinstance(node, (Document, TextNode)) else ""
+    whole = read_well_formed(text, f"the text of {node.node_id!r}")
+    if whole == text:
+        return node
+    copied = node.model_copy(deep=True)
+    copied.set_content(whole)
+    return copied
+
+
 def _node_id(document: BaseNode, index: int, text: str) -> str:
-    return str(uuid.uuid5(_NAMESPACE, f"{document.node_id}\0{index}\0{text}"))
+    return str(uuid.uuid5(_NAMESPACE, f"{well_formed(document.node_id)}\0{index}\0{well_formed(text)}"))

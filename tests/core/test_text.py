@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -177,8 +179,10 @@ def test_a_lone_surrogate_is_replaced_and_offsets_stay(make_engine):
     engine = make_engine(chunk_size=8)
     memory = engine.remember([document])
     assert "".join(document.text[chunk.start : chunk.end] for chunk in memory.chunks) == document.text
-    assert engine.answer("who \udc00?", memory, max_tokens=2).evidence
-    assert engine.tokenizer.encode("a\ud800b") == engine.tokenizer.encode("a\ufffdb")
+    with pytest.warns(UserWarning, match="a text holds half a surrogate pair"):
+        assert engine.answer("who \udc00?", memory, max_tokens=2).evidence
+    with pytest.warns(UserWarning, match="a text holds half a surrogate pair"):
+        assert engine.tokenizer.encode("a\ud800b") == engine.tokenizer.encode("a\ufffdb")
     with pytest.warns(UserWarning, match="the id of document"):
         assert Document("caf\udce9", "the cat").id == "caf\ufffd"
 
@@ -210,6 +214,33 @@ def test_one_entry_that_cannot_be_read_is_left_out(tmp_path, monkeypatch):
     for name in ("b.txt", "closed"):
         with pytest.raises(CorpusError, match=f"{name} cannot be read .Permission denied.; check its permissions"):
             load_documents([tmp_path / name])
+
+
+def test_a_folder_that_may_be_listed_and_not_entered_stops_nothing(tmp_path, monkeypatch):
+    """Its files are left out with a notice."""
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "in/b.txt"):
+        (tmp_path / name).write_text("the cat")
+    is_file, notices = Path.is_file, []
+
+    def refused(path: Path) -> bool:
+        if path.name == "b.txt":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    found = load_documents([tmp_path], skipped=lambda path, why: notices.append((path.name, why)))
+    assert [Path(document.id).name for document in found] == ["a.txt"]
+    assert notices == [("b.txt", "cannot be read (Permission denied)")]
+
+
+def test_the_output_of_another_command_is_read(tmp_path):
+    """A named pipe, as bash gives for ``<(command)``."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("the cat"))
+    writer.start()
+    assert [document.text for document in load_documents([tmp_path / "pipe"])] == ["the cat"]
+    writer.join()
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])

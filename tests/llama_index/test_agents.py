@@ -6,7 +6,9 @@ a script by a grammar: the engine still generates it token by token, reads its m
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import re
 
 import pytest
@@ -244,6 +246,25 @@ async def test_remember_recall_forget_as_tools(llm, script):
     assert again[0] == again[1] == block.session("anna").documents[0].id
     with pytest.raises(ConfigError, match="nothing to remember"):
         block.remember(" ", "anna")
+
+
+@pytest.mark.filterwarnings("ignore:.*half a surrogate pair:UserWarning")
+def test_a_block_goes_where_its_folder_is(make_engine, tmp_path, monkeypatch):
+    """Pickled, it reads its sessions out of the folder; without one it says so; a copy of an agent shares it."""
+    from focus_integrations.llama_index import llm as module
+
+    engine = make_engine()
+    monkeypatch.setattr(module, "shared_engine", lambda *given: engine)
+    block = FocusMemoryBlock(llm=FocusLLM(), folder=str(tmp_path))
+    block.remember("the cat sat \ud83d.", "half \ud83d")
+    there = pickle.loads(pickle.dumps(block))
+    assert [item.document.text for item in there.recall("who?", "half \ud83d")] == ["the cat sat \ufffd."]
+    there.remember("the dog ate.", "half \ud83d")
+    assert len(block.recall("who?", "half \ud83d")) == 2
+    alone = FocusMemoryBlock(llm=FocusLLM())
+    assert copy.deepcopy(alone) is alone
+    with pytest.raises(ConfigError, match="cannot be pickled; give a folder"):
+        pickle.dumps(alone)
 
 
 def test_a_block_persists(llm, make_engine, tmp_path):

@@ -598,6 +598,28 @@ print(repr(str(index.as_query_engine().query("who sat?"))))
     assert done.stdout.strip() == repr(expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*half a surrogate pair:UserWarning")
+async def test_half_an_emoji_in_a_document_or_a_question(llm):
+    """It is read as U+FFFD with a warning, wherever documents and questions come in; the caller's stay as they are."""
+    halves = [Document(text=f"the {name} \ud83d sat", id_=name) for name in ("cat", "dog", "hat", "mat", "rat")]
+    with pytest.warns(UserWarning, match="the text of 'cat' holds half a surrogate pair"):
+        index = FocusMemoryIndex.from_documents(halves[:1], llm=llm)
+    with pytest.warns(UserWarning, match="the text of 'dog' holds half a surrogate pair"):
+        index.insert(halves[1])
+    assert index.refresh_ref_docs(halves[:3]) == [False, False, True]
+    await index.ainsert(halves[3])
+    assert await index.arefresh_ref_docs(halves[2:]) == [False, False, True]
+    index.update_ref_doc(halves[0])
+    assert halves[0].text == "the cat \ud83d sat"
+    assert sorted(node.text for node in index.nodes) == [f"the {one.id_} \ufffd sat" for one in halves]
+    assert all(node.start_char_idx == 0 and node.end_char_idx == 13 for node in index.nodes)
+    assert index.as_query_engine().query("who \ud83d?").source_nodes
+    assert index.as_chat_engine().chat("who \ud83d?").response
+    with pytest.warns(UserWarning, match="a text holds half a surrogate pair"):
+        said = llm.complete("who \ud83d?").text
+    assert said == llm.complete("who \ufffd?").text
+
+
 def test_indexes_are_persisted_and_not_pickled(index):
     """One clear error for an index and for what stands on it; a shallow copy is the same index."""
     engines = (index.as_query_engine(), index.as_retriever(), index.as_chat_engine())
