@@ -409,7 +409,8 @@ class ToolCallParser:
         if self._read == self._read_arguments:
             self.broken.append(BrokenCall(self._id(), self._name, self._arguments))
         if self._read == self._read_tail:
-            self._end_call(held)
+            size = max(size for size in range(len(CALL_CLOSE)) if held.endswith(CALL_CLOSE[:size]))
+            self._end_call(held[: len(held) - size], CALL_CLOSE[:size])  # the end may be cut off
         return []
 
     def _read_text(self) -> list[ChatDelta] | None:

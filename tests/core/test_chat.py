@@ -225,7 +225,7 @@ def test_arguments_that_are_no_json_are_broken(arguments):
         (" junk", False),
     ],
 )
-@pytest.mark.parametrize("closed", [CALL_CLOSE, ""])
+@pytest.mark.parametrize("closed", [CALL_CLOSE, CALL_CLOSE[:7], ""])
 def test_what_stands_behind_the_arguments_decides(rest, whole, closed):
     """A call with something else before its end is none, and is kept as it was written, however it arrives."""
     text = CALL_OPEN + '\n{"name": "f", "arguments": {"a": 1}' + rest + closed
