@@ -71,7 +71,7 @@ class Prompts:
         """
         encoded = self.tokenizer.encode_with_offsets(text)
         count = len(encoded.ids)
-        if count <= (self.config.window // 2 if whole is None else whole):
+        if count <= max(1, self.config.window // 2 if whole is None else whole):  # one token has no head
             return "", text
         first = count - min(self.config.prompt_length, count) * 3 // 4
         cut = int(encoded.starts[first])
