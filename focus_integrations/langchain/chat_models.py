@@ -192,7 +192,9 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
             content=text,
             tool_calls=[tool_call(name=one.name, args=one.arguments, id=one.id) for one in call.calls],
             invalid_tool_calls=[
-                invalid_tool_call(name=one.name, args=one.arguments, id=one.id, error="the call was cut off or is no JSON")
+                invalid_tool_call(
+                    name=one.name, args=one.arguments, id=one.id, error="the call was cut off or is no JSON"
+                )
                 for one in (call.parser.broken if call.parser is not None else ())
             ],
             **self._about(call, asked.kwargs),
