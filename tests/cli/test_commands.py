@@ -191,11 +191,11 @@ def test_ctrl_c_in_prefill_is_clean_and_resumes(run, files, tmp_path, monkeypatc
     monkeypatch.setitem(module._BATCH_TOKENS, "cpu", 1)
     original, calls = module.encode_chunks, []
 
-    def interrupted(base, rows, check):
+    def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(base, rows, check)
+        return original(*arguments)
 
     monkeypatch.setattr(module, "encode_chunks", interrupted)
     (files / "a.txt").write_text(" ".join(map(str, range(600))))

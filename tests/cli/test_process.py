@@ -114,6 +114,7 @@ def test_texts_of_others_are_printed_as_they_are(run, tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "b] c.txt").write_text(NASTY + " the cat sat on the mat.")
     (folder / "d].bin").write_bytes(b"\0")
+    assert run("index", folder, "--memory", folder / "m]")[0] == 0
     code, _, err = run("ask", "who?", folder, "--max-tokens", 2, "--memory", folder / "m]")
     assert code == 0, err
     assert f"{folder}/b] c.txt:0-" in err
@@ -164,8 +165,8 @@ def test_what_the_system_refuses_is_one_line(error, message, run, monkeypatch):
     def fails(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("focus_core.cli._ask.open_engine", fails)
-    monkeypatch.setattr("focus_core.cli._evaluation.open_engine", fails)
+    for module in ("_ask", "_corpus", "_evaluation"):
+        monkeypatch.setattr(f"focus_core.cli.{module}.open_engine", fails)
     for command in (["ask", "who?"], ["chat"], ["index", "--memory", "m"], ["info"], ["bench"]):
         code, _, err = run(*command)
         assert (code, err.strip().count("\n")) == (1, 0)
