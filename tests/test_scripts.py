@@ -76,3 +76,12 @@ def test_a_large_base_is_measured_in_small(tmp_path):
     values = json.loads((tmp_path / "large.json").read_text())
     assert len(values["loss"]) == 3
     assert values["tokens_per_second"] > 0
+
+
+def test_the_step_is_checked_in_small():
+    """The script that checks kernels and times steps on a card runs on the CPU, every format once."""
+    command = [sys.executable, str(GPU / "check_step.py"), "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["format"] for line in lines if line.get("check") == "step"] == ["base", "int8", "int4"]
