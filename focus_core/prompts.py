@@ -73,7 +73,7 @@ class Prompts:
         count = len(encoded.ids)
         if count <= max(1, self.config.window // 2 if whole is None else whole):  # one token has no head
             return "", text
-        first = count - min(self.config.prompt_length, count) * 3 // 4
+        first = count - max(1, min(self.config.prompt_length, count) * 3 // 4)
         cut = int(encoded.starts[first])
         paragraph = PARAGRAPH.search(text, cut)
         better = paragraph.start() if paragraph else -1

@@ -66,28 +66,30 @@ async def iterate(make: Callable[[threading.Event], Iterator[T]], seconds: float
         cancelled.set()
 
 
-def within(seconds: float | None, work: Callable[[], T], cancelled: threading.Event) -> T:
+def within(work: Callable[[threading.Event], T], seconds: float | None = None) -> T:
     """Return what ``work`` returns; with a time limit it runs in a thread, which is left when the time is over.
 
     Args:
+        work: given an event that is set when the time is over, at which it is expected to look.
         seconds: most that the caller waits, whatever ``work`` is doing; ``None`` waits for as long as it takes.
-        work: is expected to look at ``cancelled``.
-        cancelled: set when the time is over.
 
     Raises:
         TimeoutError: the time is over.
         Exception: whatever ``work`` raises.
     """
-    return work() if seconds is None else next(iterate_within(seconds, lambda: iter([work()]), cancelled))
-
-
-def iterate_within(seconds: float | None, make: Callable[[], Iterator[T]], cancelled: threading.Event) -> Iterator[T]:
-    """Yield the items of an iterator; see :func:`within`. The time is that until the last item."""
     if seconds is None:
-        yield from make()
+        return work(threading.Event())
+    return next(iterate_within(lambda cancelled: iter([work(cancelled)]), seconds))
+
+
+def iterate_within(make: Callable[[threading.Event], Iterator[T]], seconds: float | None = None) -> Iterator[T]:
+    """Yield the items of an iterator; see :func:`within`. The time is that until the last item."""
+    cancelled = threading.Event()
+    if seconds is None:
+        yield from make(cancelled)
         return
     clock, items = _Clock(seconds), queue.SimpleQueue[_Item]()
-    _start(make, items.put, cancelled)
+    _start(lambda: make(cancelled), items.put, cancelled)
     try:
         while (item := clock.get_now(items))[0] != "end":
             yield _taken(item)

@@ -30,7 +30,6 @@ from focus_core.session.documents import (
     MemoryFilter,
     fingerprint,
     kept_ids,
-    source_dicts,
     to_documents,
     written,
 )
@@ -39,17 +38,6 @@ from focus_core.store.memory import Memory
 from focus_core.store.places import Place, find_place
 from focus_core.store.segments import Tensors
 from focus_core.text.corpus import Document, canonical, distinct, load_documents
-
-__all__ = [
-    "Held",
-    "MemoryHolder",
-    "asked",
-    "engine_fingerprint",
-    "shared_engine",
-    "shared_memory",
-    "source_dicts",
-    "to_documents",
-]
 
 _engines: dict[tuple[Any, ...], FocusEngine] = {}
 _memories: weakref.WeakValueDictionary[tuple[Any, ...], Memory] = weakref.WeakValueDictionary()

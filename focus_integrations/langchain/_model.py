@@ -214,7 +214,7 @@ class FocusModel(FocusCorpus, AnswerSettings):
     def _streamed(self, asked: Asked, chunks: Callable[[Asked], Iterator[Any]]) -> Iterator[Any]:
         """Yield the chunks of an answer within its time, and tell callbacks of each."""
         seconds = seconds_of(asked.kwargs, self.timeout)
-        pieces = concurrency.iterate_within(seconds, lambda: chunks(asked), asked.cancelled)
+        pieces = concurrency.iterate_within(lambda event: chunks(replace(asked, cancelled=event)), seconds)
         yield from heard(pieces, asked.run_manager)
 
     async def _astreamed(self, asked: Asked, chunks: Callable[[Asked], Iterator[Any]]) -> AsyncIterator[Any]:
@@ -249,7 +249,7 @@ class FocusModel(FocusCorpus, AnswerSettings):
             return self.model_copy(update={"cache": False}), dict(kwargs)
         if not self._cached():
             return self, dict(kwargs)
-        return concurrency.within(seconds_of(kwargs, self.timeout), lambda: self._fixed(kwargs), threading.Event())
+        return concurrency.within(lambda event: self._fixed(kwargs), seconds_of(kwargs, self.timeout))
 
     async def _acacheable(self, kwargs: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
         """Do the same beside the event loop: a saved memory may have to be loaded."""

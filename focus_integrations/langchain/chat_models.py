@@ -151,7 +151,9 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         asked = Asked(messages, stop, kwargs, run_manager)
-        return concurrency.within(seconds_of(kwargs, self.timeout), lambda: self._result(asked), asked.cancelled)
+        return concurrency.within(
+            lambda event: self._result(replace(asked, cancelled=event)), seconds_of(kwargs, self.timeout)
+        )
 
     async def _agenerate(
         self,

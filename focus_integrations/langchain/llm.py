@@ -128,16 +128,16 @@ class FocusLLM(FocusModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        cancelled, runs = threading.Event(), _runs.get() or [run_manager] * len(prompts)
+        runs = _runs.get() or [run_manager] * len(prompts)
 
         def answer(asked: Asked) -> GenerationChunk:
             chunks = self._chunks(asked)
             return _sum(heard(chunks, asked.run_manager) if self.streaming else chunks)
 
-        def work() -> list[GenerationChunk]:
+        def work(cancelled: threading.Event) -> list[GenerationChunk]:
             return run_together(answer, _several(prompts, stop, kwargs, runs, cancelled), cancelled)
 
-        return self._results(concurrency.within(seconds_of(kwargs, self.timeout), work, cancelled), kwargs)
+        return self._results(concurrency.within(work, seconds_of(kwargs, self.timeout)), kwargs)
 
     async def _agenerate(
         self,

@@ -11,7 +11,7 @@ import pickle
 import threading
 from collections.abc import AsyncGenerator, Generator, Sequence
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -49,6 +49,7 @@ from focus_integrations.llama_index._messages import about, blocks_of, citations
 from focus_integrations.llama_index._request import MemorySource, capacity, start
 
 dispatcher = get_dispatcher(__name__)
+Response = TypeVar("Response", CompletionResponse, ChatResponse)
 
 
 class FocusLLM(AnswerSettings, FunctionCallingLLM):
@@ -136,38 +137,26 @@ class FocusLLM(AnswerSettings, FunctionCallingLLM):
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt of any length."""
-        cancelled = threading.Event()
-        work = partial(self._complete, prompt, formatted, kwargs, cancelled)
-        return concurrency.within(seconds_of(kwargs, self.timeout), work, cancelled)
+        work = partial(self._stream_complete, prompt, formatted, kwargs)
+        return concurrency.within(lambda cancelled: _last(work(cancelled)), seconds_of(kwargs, self.timeout))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """Answer piece by piece: ``text`` grows, ``delta`` is new; the last item has usage and sources."""
-        cancelled = threading.Event()
-        work = partial(self._stream_complete, prompt, formatted, kwargs, cancelled)
-        return cast(
-            CompletionResponseGen, concurrency.iterate_within(seconds_of(kwargs, self.timeout), work, cancelled)
-        )
+        work = partial(self._stream_complete, prompt, formatted, kwargs)
+        return cast(CompletionResponseGen, concurrency.iterate_within(work, seconds_of(kwargs, self.timeout)))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer without blocking the event loop; cancelling the task stops the engine."""
-        work = partial(self._complete, prompt, formatted, kwargs)
-        return await concurrency.call(work, seconds_of(kwargs, self.timeout))
+        work = partial(self._stream_complete, prompt, formatted, kwargs)
+        return await concurrency.call(lambda cancelled: _last(work(cancelled)), seconds_of(kwargs, self.timeout))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """Stream without blocking the event loop; closing the stream stops the engine."""
         work = partial(self._stream_complete, prompt, formatted, kwargs)
         return cast(CompletionResponseAsyncGen, concurrency.iterate(work, seconds_of(kwargs, self.timeout)))
-
-    def _complete(
-        self, prompt: str, formatted: bool, kwargs: dict[str, Any], cancelled: threading.Event
-    ) -> CompletionResponse:
-        for last in self._stream_complete(prompt, formatted, kwargs, cancelled):
-            response = last
-        response.delta = None
-        return response
 
     def _stream_complete(
         self, prompt: str, formatted: bool, kwargs: dict[str, Any], cancelled: threading.Event
@@ -187,35 +176,26 @@ class FocusLLM(AnswerSettings, FunctionCallingLLM):
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer the last message of a conversation of any length."""
-        cancelled = threading.Event()
-        work = partial(self._chat, messages, kwargs, cancelled)
-        return concurrency.within(seconds_of(kwargs, self.timeout), work, cancelled)
+        work = partial(self._stream_chat, messages, kwargs)
+        return concurrency.within(lambda cancelled: _last(work(cancelled)), seconds_of(kwargs, self.timeout))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer piece by piece: the message grows, ``delta`` is new; the last item has usage and sources."""
-        cancelled = threading.Event()
-        work = partial(self._stream_chat, messages, kwargs, cancelled)
-        return cast(ChatResponseGen, concurrency.iterate_within(seconds_of(kwargs, self.timeout), work, cancelled))
+        work = partial(self._stream_chat, messages, kwargs)
+        return cast(ChatResponseGen, concurrency.iterate_within(work, seconds_of(kwargs, self.timeout)))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer without blocking the event loop; cancelling the task stops the engine."""
-        return await concurrency.call(partial(self._chat, messages, kwargs), seconds_of(kwargs, self.timeout))
+        work = partial(self._stream_chat, messages, kwargs)
+        return await concurrency.call(lambda cancelled: _last(work(cancelled)), seconds_of(kwargs, self.timeout))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """Stream without blocking the event loop; closing the stream stops the engine."""
         work = partial(self._stream_chat, messages, kwargs)
         return cast(ChatResponseAsyncGen, concurrency.iterate(work, seconds_of(kwargs, self.timeout)))
-
-    def _chat(
-        self, messages: Sequence[ChatMessage], kwargs: dict[str, Any], cancelled: threading.Event
-    ) -> ChatResponse:
-        for last in self._stream_chat(messages, kwargs, cancelled):
-            response = last
-        response.delta = None
-        return response
 
     def _stream_chat(
         self, messages: Sequence[ChatMessage], kwargs: dict[str, Any], cancelled: threading.Event
@@ -371,6 +351,14 @@ class FocusLLM(AnswerSettings, FunctionCallingLLM):
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """Share weights and memory with the original."""
         return self.model_copy()
+
+
+def _last(parts: Generator[Response, None, None]) -> Response:
+    """Return the whole answer at the end of a stream."""
+    for last in parts:
+        response = last
+    response.delta = None
+    return response
 
 
 def _schema_options(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:

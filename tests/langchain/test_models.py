@@ -23,10 +23,10 @@ from pydantic import BaseModel, ValidationError
 from focus_core import Document
 from focus_core.errors import ConfigError, ContextTooLongError, EmptyCorpusError, NotTextError, OutOfMemoryError
 from focus_core.method import passes
+from focus_core.method.kv import ChunkKV
 from focus_core.model.chat import Message
 from focus_core.model.families import BaseDecoder
 from focus_core.session import engines
-from focus_core.store.encoder import ChunkEncoder
 from focus_integrations.langchain import ChatFocusLLM, FocusLLM
 from tests.langchain.conftest import EndlessEngine, ScriptedEngine, tiny_engine
 
@@ -505,11 +505,11 @@ def test_a_corpus_larger_than_memory_says_so(kind, monkeypatch):
     """Where chunk KV cannot be allocated the error names the number of chunks, and the model works on afterwards."""
     model = kind(engine=ENGINE, max_tokens=2)
 
-    def allocate(self: Any, rows: Any) -> Any:
+    def allocate(*arguments: Any) -> Any:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
     with monkeypatch.context() as patched:
-        patched.setattr(ChunkEncoder, "allocate", allocate)
+        patched.setattr(ChunkKV, "allocate", allocate)
         with pytest.raises(OutOfMemoryError, match=r"\d chunks do not fit in memory"):
             model.invoke("x", documents=["the large cat. " * 20])
     assert model.invoke("x", documents=["the large cat. " * 20]) is not None

@@ -225,6 +225,13 @@ def test_completions_continue_texts(endless_client: openai.OpenAI, endless: Runn
     assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
 
 
+def test_a_text_longer_than_the_window_is_read_as_memory(endless_client: openai.OpenAI, endless: Running) -> None:
+    answer = endless_client.completions.create(model=endless.model, prompt="the cat sat. " * 2100, max_tokens=3)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens_details is not None
+    assert (answer.usage.prompt_tokens_details.cached_tokens or 0) > endless.engine.config.window
+
+
 def test_an_answer_may_outlive_its_connection(client: openai.OpenAI, scripted: Running) -> None:
     with scripted.client() as http:
         body = {"model": scripted.model, "messages": WHO, "background": True}
