@@ -28,6 +28,7 @@ from focus_core.cli._shared import (
     RereadWay,
     SavedMemory,
     Seed,
+    Strict,
     Temperature,
     app,
     note,
@@ -44,6 +45,7 @@ from focus_core.cli._shared import (
 def ask(
     question: Annotated[str, typer.Argument(help="What you want to know.")],
     paths: Paths = None,
+    strict: Strict = False,
     memory: SavedMemory = None,
     memory_budget: MemoryBudget = None,
     base: Base = None,
@@ -70,7 +72,7 @@ def ask(
     """Answer one question over files and folders, with its sources."""
     engine = open_engine(base, adapter, chunk_size, device, other_base=other_base)
     engine = engine.with_config(memory_budget=size_of(memory_budget)) if memory_budget is not None else engine
-    held = open_memory(engine, paths or [], memory)
+    held = open_memory(engine, paths or [], memory, strict=strict)
     stream = engine.stream(
         question,
         held,
@@ -109,14 +111,14 @@ def ask(
             "answer": answer.text,
             "finish_reason": answer.finish_reason,
             "supported": answer.supported,
-            "sources": [asdict(item) for item in answer.evidence[:sources]],
-            "passages": [asdict(item) for item in answer.passages[:sources]],
+            "sources": [_with_page(item, held) for item in answer.evidence[:sources]],
+            "passages": [_with_page(item, held) for item in answer.passages[:sources]],
             "usage": asdict(answer.usage),
             "seconds": round(seconds, 3),
         }
         print(json.dumps(result, ensure_ascii=False))
         return
-    _print_sources(answer, sources)
+    _print_sources(answer, held, sources)
     note.print(
         f"{answer.usage.chunks} chunks, {answer.usage.memory:,} tokens read"
         + (f", answered from {answer.usage.kept} of them" if answer.usage.kept < answer.usage.chunks else "")
@@ -130,6 +132,7 @@ def ask(
 @app.command()
 def chat(
     paths: Paths = None,
+    strict: Strict = False,
     memory: SavedMemory = None,
     memory_budget: MemoryBudget = None,
     base: Base = None,
@@ -152,7 +155,7 @@ def chat(
 
     engine = open_engine(base, adapter, chunk_size, device)
     engine = engine.with_config(memory_budget=size_of(memory_budget)) if memory_budget is not None else engine
-    held = open_memory(engine, paths or [], memory)
+    held = open_memory(engine, paths or [], memory, strict=strict)
     turns: list[Message] = []
     while True:
         try:
@@ -173,7 +176,7 @@ def chat(
                 stream.close()
             print()
             answer = stream.answer
-        _print_sources(answer, 3)
+        _print_sources(answer, held, 3)
         turns.append(Message("assistant", answer.text))
 
 
@@ -183,6 +186,7 @@ def chat(
 @app.command()
 def info(
     paths: Paths = None,
+    strict: Strict = False,
     memory: SavedMemory = None,
     memory_budget: MemoryBudget = None,
     base: Base = None,
@@ -209,7 +213,7 @@ def info(
         **{name.replace("_", " "): value for name, value in engine.config.to_dict().items()},
     }
     if paths:
-        documents = load_documents(paths, skipped=skipped)
+        documents = load_documents(paths, skipped=skipped, strict=strict)
         chunks = [chunk for document in documents for chunk in engine.encoder.cut(document)]
         tokens = sum(len(chunk.ids) for chunk in chunks)
         each = (engine.base.num_layers - 1) * 2 * engine.base.num_kv_heads * engine.base.head_dim
@@ -240,11 +244,22 @@ def _say(piece: str) -> None:
     print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
 
 
-def _print_sources(answer: Any, count: int) -> None:
+def _with_page(item: Any, memory: Any) -> dict[str, Any]:
+    """Return a passage as a dictionary, with its page where its document has pages."""
+    from focus_core.session.citations import page_of
+
+    document = next((one for one in memory.documents if one.id == item.document_id), None)
+    page = None if document is None else page_of(document, item.start)
+    return asdict(item) if page is None else {**asdict(item), "page": page}
+
+
+def _print_sources(answer: Any, memory: Any, count: int) -> None:
     if not answer.evidence:
         return
     note.print("score  source, passage", style="dim")
     for item in answer.evidence[:count]:
-        note.print(f"{item.score:.3f}  {' '.join(item.document_id.splitlines())}:{item.start}-{item.end}")
+        page = _with_page(item, memory).get("page")
+        where = f"{item.start}-{item.end}" + (f", page {page}" if page else "")
+        note.print(f"{item.score:.3f}  {' '.join(item.document_id.splitlines())}:{where}")
         passage = " ".join(item.text.split())
         note.print(f"       {passage}", style="dim", soft_wrap=False, no_wrap=True, overflow="ellipsis")

@@ -12,7 +12,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from focus_core.cli._shared import Adapter, Base, ChunkSize, Device, Paths, app, note, open_engine, progress, skipped
+from focus_core.cli._shared import (
+    Adapter,
+    Base,
+    ChunkSize,
+    Device,
+    Paths,
+    Strict,
+    app,
+    note,
+    open_engine,
+    progress,
+    skipped,
+    tell_encodings,
+)
 from focus_core.errors import ConfigError, StoreError
 from focus_core.files import is_store
 
@@ -33,6 +46,7 @@ def index(
     name: Name = None,
     memory: Folder = None,
     sync: Annotated[bool, typer.Option(help="Take out documents whose files under PATHS have vanished.")] = False,
+    strict: Strict = False,
     base: Base = None,
     adapter: Adapter = None,
     chunk_size: ChunkSize = None,
@@ -61,7 +75,9 @@ def index(
             sync=sync,
             progress=lambda done, total: bar(done, "", total),
             skipped=skipped,
+            strict=strict,
         )
+    tell_encodings(report.encodings)
     counts = {"new": report.added, "changed": report.changed, "removed": report.removed, "unchanged": report.unchanged}
     said = ", ".join(f"{len(names)} {word}" for word, names in counts.items() if names)
     note.print(f"{said or 'nothing new'}; {place.name} in {place.folder}", markup=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,6 +57,7 @@ Base = Annotated[
 ]
 Adapter = Annotated[str | None, typer.Option(help="Adapter folder or hub name, or 'untrained'. [default: shipped one]")]
 OtherBase = Annotated[bool, typer.Option(help="Let the adapter serve another base than its own, if the shapes fit.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Make it an error if a file under PATHS is left out.")]
 SavedMemory = Annotated[
     str | None, typer.Option("--memory", help="What `focusllm index` made: the name of a collection, or a folder.")
 ]
@@ -98,13 +99,14 @@ def open_engine(
         )
 
 
-def open_memory(engine: Any, paths: list[str], place: str | None) -> Any:
+def open_memory(engine: Any, paths: list[str], place: str | None, *, strict: bool = False) -> Any:
     """Load a saved memory if one is named, and read ``paths`` beside it; nothing is written."""
     from focus_core.text.corpus import load_documents
 
     if not paths and place is None and not sys.stdin.isatty():
         paths = ["-"]
-    documents = load_documents(paths, skipped=skipped) if paths else []
+    documents = load_documents(paths, skipped=skipped, strict=strict) if paths else []
+    tell_encodings({one.id: one.source.get("encoding", "") for one in documents})
     if place is None and not documents:
         raise CorpusError("nothing to read; name files or folders, or a --memory made by `focusllm index`")
     memory = None
@@ -119,7 +121,20 @@ def open_memory(engine: Any, paths: list[str], place: str | None) -> Any:
 
 
 def skipped(path: Path, why: str) -> None:
-    note.print(f"left out {path}: {why}", style="dim")
+    from focus_core.text.corpus import printable as shown
+
+    note.print(f"left out {shown(str(path))}: {why}", style="dim")
+
+
+def tell_encodings(encodings: Mapping[str, str]) -> None:
+    """Say which files were read in an encoding that they do not name themselves."""
+    guessed: dict[str, list[str]] = {}
+    for name, encoding in encodings.items():
+        if encoding and not encoding.startswith("utf"):
+            guessed.setdefault(encoding, []).append(name)
+    for encoding, names in guessed.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        note.print(f"no UTF-8, read as {encoding}: {', '.join(names[:3])}{more}", style="dim")
 
 
 def size_of(text: str | None) -> int | None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from focus_core.engine import FocusEngine
-from focus_core.errors import EmptyCorpusError
+from focus_core.errors import EmptyCorpusError, StoreError
 from focus_core.method.encoding import Check
 from focus_core.store.collections import CollectionInfo
 from focus_core.store.indexing import encode_missing, index_documents
 from focus_core.store.memory import Memory, Progress
 from focus_core.store.places import Place
 from focus_core.store.tiers import Staged
-from focus_core.text.corpus import read_documents
+from focus_core.text.corpus import Document, Held, printable, read_documents
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class IndexReport:
     Args:
         added, changed, unchanged, removed: ids of documents.
         vanished: ids of documents whose files are gone and that were kept.
+        encodings: of the new and changed documents that are plain text.
         collection: as it is now.
     """
 
@@ -32,6 +33,7 @@ class IndexReport:
     unchanged: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     vanished: list[str] = field(default_factory=list)
+    encodings: dict[str, str] = field(default_factory=dict)
     collection: CollectionInfo | None = None
 
 
@@ -44,8 +46,11 @@ def index_paths(
     progress: Progress = lambda done, total: None,
     check: Check = lambda: None,
     skipped: Callable[[Path, str], None] = lambda path, why: None,
+    strict: bool = False,
 ) -> IndexReport:
-    """Read files and folders into a collection; only what is new or has changed is computed.
+    """Read files and folders into a collection; only what is new or has changed is converted and computed.
+
+    Documents whose files are there but cannot be read stay as they are.
 
     Args:
         engine: reads.
@@ -55,15 +60,24 @@ def index_paths(
         progress: called with tokens done and to do.
         check: called often; raises to stop; the next run goes on from there.
         skipped: called with a path and the reason for each file that is left out.
+        strict: raise if any is left out, before anything is changed.
 
     Raises:
-        CorpusError: a path cannot be read, or nothing to read was found.
+        CorpusError: a path cannot be read, nothing to read was found, or ``strict`` and something was left out.
         StoreError: the store cannot be written, or the collection is another model's.
     """
-    documents = {one.id: one for one in read_documents(paths, skipped=skipped) if one.text.strip()}
+    left_out: list[Path] = []
+
+    def leave_out(path: Path, why: str) -> None:
+        left_out.append(path)
+        skipped(path, why)
+
+    found = read_documents(paths, skipped=leave_out, strict=strict, held=_converted_before(place))
+    documents = {one.id: one for one in found if one.text.strip()}
     store = place.open(read_only=False)
     known = store.listing(place.name) if store.find(place.name) is not None else {}
-    vanished = [name for name in known if name not in documents and _belongs(known[name].metadata.get("source"), paths)]
+    sources = {name: known[name].metadata.get("source") for name in known if name not in documents}
+    vanished = [name for name, source in sources.items() if _belongs(source, paths) and not _belongs(source, left_out)]
     if not documents and not (sync and vanished):
         raise EmptyCorpusError(
             f"no text found in {', '.join(map(str, paths)) or 'no paths'}; name files that hold text"
@@ -80,6 +94,7 @@ def index_paths(
         unchanged=[name for name in documents if sums.get(name) == documents[name].text_sum],
         removed=vanished if sync else [],
         vanished=[] if sync else vanished,
+        encodings={one.id: one.source["encoding"] for one in fresh if "encoding" in one.source},
         collection=store.collection(place.name),
     )
 
@@ -106,8 +121,29 @@ def memory_costs(memory: Memory) -> dict[str, int]:
     }
 
 
-def _belongs(source: object, paths: Sequence[str | Path]) -> bool:
+def _converted_before(place: Place) -> Held:
+    """Return what finds the text that a file of the same bytes was converted to, if it is in the collection."""
+    try:
+        store = place.open(read_only=True)
+        known = store.listing(place.name) if store.find(place.name) is not None else {}
+    except (StoreError, OSError):  # there is none yet; if it is damaged, opening it to write says so
+        known = {}
+
+    def held(name: str, digest: str) -> Document | None:
+        facts = known[name].source if name in known else {}
+        if "converted" not in facts or facts.get("sha256") != digest:
+            return None
+        try:
+            return store.read(place.name, [name]).documents[name]
+        except StoreError:
+            return None
+
+    return held
+
+
+def _belongs(source: object, paths: Iterable[str | Path]) -> bool:
     """Whether a document came from under one of the paths."""
     if not isinstance(source, str):
         return False
-    return any(Path(source) == Path(path) or Path(path) in Path(source).parents for path in paths)
+    places = [Path(printable(str(path))) for path in paths]
+    return any(Path(source) == place or place in Path(source).parents for place in places)

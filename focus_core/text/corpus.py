@@ -1,17 +1,17 @@
 """Read documents from files, folders and standard input, lazily.
 
-A document is an id, its text and free metadata. Only text is read (UTF-8, or UTF-16 and UTF-32 with their mark): a
-file named by the user that is none is an error, one met inside a folder is skipped and reported. The module does not
-cut or tokenise.
+A document is an id, its text and free metadata. Text of any encoding is decoded, PDF, office files, HTML, books and
+e-mail are converted; a file named by the user that holds no text is an error, one met inside a folder is left out and
+reported. The module does not cut or tokenise.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import os
 import pickle
 import re
+import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,19 +19,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from focus_core.errors import ConfigError, CorpusError, DocumentNotFoundError, EmptyCorpusError, NotTextError
+from focus_core.errors import ConfigError, CorpusError, DocumentNotFoundError, EmptyCorpusError
 from focus_core.files import is_store
+from focus_core.text.converters import KINDS, Converter, kind_of
+from focus_core.text.encodings import decode
 
 STDIN = "-"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_MARKS = (  # longest first: the mark of UTF-32 begins with that of UTF-16
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 _PATH_LIKE = re.compile(r"(~|\.{0,2}[/\\]|[A-Za-z]:[/\\]).*|.*[/\\]|\S*[/\\]\S*|\S*\w\.[A-Za-z][A-Za-z0-9]{0,4}")
 Skipped = Callable[[Path, str], None]
+Held = Callable[[str, str], "Document | None"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,8 @@ class Document:
         id: unique name; adding another document of the same id replaces it.
         text: its content.
         metadata: anything JSON can hold; carried along, never read by the model.
-        source: facts of the file that the text came from (``path``, ``bytes``, ``sha256``); no part of equality.
+        source: facts of the file that the text came from (``path``, ``bytes``, ``sha256``, and the ``encoding`` or the
+            media type ``converted``); no part of equality.
     """
 
     id: str
@@ -99,43 +97,93 @@ def named_path(text: str) -> Path | None:
     return None
 
 
-def read_documents(paths: Iterable[str | Path], *, skipped: Skipped = lambda path, why: None) -> Iterator[Document]:
+def read_documents(
+    paths: Iterable[str | Path],
+    *,
+    skipped: Skipped = lambda path, why: None,
+    strict: bool = False,
+    held: Held = lambda name, digest: None,
+) -> Iterator[Document]:
     """Yield one document a file; folders are walked in sorted order, hidden entries left out.
+
+    Of converted documents with pages, slides or sheets ``metadata["page_starts"]`` is the first character of each. A
+    name that is no text is written with ``\\xff``; its ``metadata["url"]`` leads to the file.
 
     Args:
         paths: files, folders, or ``-`` for standard input.
-        skipped: called with the path and the reason for each entry of a folder that cannot be read as text.
+        skipped: called once with the path and the reason for each entry of a folder that cannot be read.
+        strict: raise at the end if any was left out.
+        held: returns the document that was made of a file of this id and SHA-256 before, so that it is not converted
+            again; ``None`` if there is none.
 
     Raises:
         DocumentNotFoundError: a path does not exist.
-        NotTextError: a file named in ``paths`` is no text.
-        CorpusError: one cannot be read.
+        NotTextError: a file named in ``paths`` holds no text.
+        CorpusError: one cannot be read, or ``strict`` and something was left out.
     """
-    for path in paths:
+    left_out: dict[Path, str] = {}
+
+    def leave_out(path: Path, why: str) -> None:
+        if path not in left_out:
+            left_out[path] = why
+            skipped(path, why)
+
+    with Converter() as converter:
+        names: dict[str, Path] = {}
+        for path, named in _walk(paths, leave_out):
+            try:
+                document = _standard_input(converter) if path is None else _read(path, converter, held)
+            except CorpusError as error:
+                if path is None or named:
+                    raise
+                leave_out(path, str(error).removeprefix(f"{printable(str(path))} "))
+                continue
+            yield _distinct(document, path, names)
+    if strict and left_out:
+        path, why = next(iter(left_out.items()))
+        raise CorpusError(
+            f"{len(left_out)} of the entries cannot be read, the first {printable(str(path))} ({why}); leave them out "
+            "yourself, or do not ask to be strict"
+        )
+
+
+def _walk(paths: Iterable[str | Path], leave_out: Skipped) -> Iterator[tuple[Path | None, bool]]:
+    """Yield each file once, and whether it was named; ``None`` is standard input."""
+    seen: set[Path | None] = set()
+    for path in map(Path, paths):
         if str(path) == STDIN:
-            yield Document("stdin", _standard_input(), {"source": STDIN})
-            continue
-        path = Path(path)
-        if path.is_dir():
-            for file in _files(path, skipped):
-                try:
-                    yield _read(file)
-                except CorpusError as error:
-                    skipped(file, str(error))
+            found: list[Path | None] = [None]
+        elif path.is_dir():
+            found = [*_files(path, leave_out)]
         elif path.is_file() or path.is_fifo():  # the output of another command is a pipe in bash
-            yield _read(path)
+            found = [path]
         else:
-            raise DocumentNotFoundError(f"no file or folder at {str(path)!r}; check the path")
+            raise DocumentNotFoundError(f"no file or folder at {printable(str(path))!r}; check the path")
+        yield from ((file, file == path) for file in found if file not in seen)
+        seen.update(found)
 
 
-def load_documents(paths: Iterable[str | Path], *, skipped: Skipped = lambda path, why: None) -> list[Document]:
+def _distinct(document: Document, path: Path | None, names: dict[str, Path]) -> Document:
+    """Rename a document whose id another file has: ``a\\xff`` may be a name, or how another is written."""
+    name, number = document.id, 1
+    while name in names:
+        number += 1
+        name = f"{document.id}#{number}"
+    names[name] = path or Path(STDIN)
+    return document if name == document.id else replace(document, id=name)
+
+
+def load_documents(
+    paths: Iterable[str | Path], *, skipped: Skipped = lambda path, why: None, strict: bool = False
+) -> list[Document]:
     """Read all of :func:`read_documents` that hold text.
 
     Raises:
         EmptyCorpusError: there is none.
     """
     paths = list(paths)
-    documents = [document for document in read_documents(paths, skipped=skipped) if document.text.strip()]
+    found = read_documents(paths, skipped=skipped, strict=strict)
+    documents = [document for document in found if document.text.strip()]
     if not documents:
         raise EmptyCorpusError(
             f"no text found in {', '.join(map(str, paths)) or 'no paths'}; name files that hold text"
@@ -197,45 +245,71 @@ def _files(folder: Path, skipped: Skipped) -> list[Path]:
             folders.clear()
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [here / name for name in names if not name.startswith(".")]
-    return sorted(file for file in found if _is_file(file, skipped))
+        for name in folders:
+            if (here / name).is_symlink():
+                skipped(here / name, "it is a link to a folder; name it to read it")
+        found += [here / name for name in names if not name.startswith(".") and _is_file(here / name, skipped)]
+    return sorted(found)
 
 
 def _is_file(path: Path, skipped: Skipped) -> bool:
     try:
-        return path.is_file()
-    except OSError as error:  # a folder that may be listed and not entered
+        mode = path.stat().st_mode
+    except OSError as error:
         skipped(path, f"cannot be read ({error.strerror})")
         return False
+    if not stat.S_ISREG(mode):
+        skipped(path, "it is no file but a pipe, socket or device")
+    return stat.S_ISREG(mode)
 
 
-def _read(path: Path) -> Document:
+def _read(path: Path, converter: Converter, held: Held) -> Document:
     try:
         data = path.read_bytes()
     except OSError as error:
         raise CorpusError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     name = printable(str(path))
-    facts = {"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return Document(name, _text(data, name), {"source": name}, facts)
+    before = held(name, hashlib.sha256(data).hexdigest()) if kind_of(name, data) else None
+    if before is not None:
+        return before
+    document = document_of(name, data, converter=converter)
+    source = {"source": name} if name == str(path) else {"source": name, "url": path.absolute().as_uri()}
+    return replace(document, metadata={**source, **document.metadata})
 
 
-def _standard_input() -> str:
+def document_of(name: str, data: bytes, *, kind: str | None = None, converter: Converter | None = None) -> Document:
+    """Return the document that a file's bytes hold.
+
+    Args:
+        name: of the file; the document's id.
+        data: its bytes.
+        kind: its media type. ``None``: told by its name, or else by its first bytes.
+        converter: used for what is no plain text. ``None``: one of its own.
+
+    Raises:
+        NotTextError: they hold no text, or cannot be converted.
+        CorpusError: the converter is not installed.
+    """
+    kind = kind if kind in KINDS.values() else kind_of(name, data)
+    facts: dict[str, Any] = {"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    if kind is None:
+        text, encoding = decode(data, name)
+        return Document(name, text, {}, {**facts, "encoding": encoding})
+    if converter is None:
+        with Converter() as converter:
+            converted = converter.convert(data, kind, name)
+    else:
+        converted = converter.convert(data, kind, name)
+    metadata = {} if converted.page_starts is None else {"page_starts": converted.page_starts}
+    return Document(name, converted.text, metadata, {**facts, "converted": kind})
+
+
+def _standard_input(converter: Converter) -> Document:
     stream = getattr(sys.stdin, "buffer", None)
-    return sys.stdin.read() if stream is None else _text(stream.read(), "standard input")
-
-
-def _text(data: bytes, name: str) -> str:
-    """Decode a file's bytes; ``name`` is for messages."""
-    encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8-sig")
-    if encoding == "utf-8-sig" and b"\0" in data[:8192]:
-        raise NotTextError(f"{name} holds binary data; convert it to text first (PDF and office files: `markitdown`)")
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        kind = encoding.removesuffix("-sig").upper()
-        raise NotTextError(
-            f"{name} is not {kind} text (byte {error.start}: 0x{data[error.start]:02x}); convert it to UTF-8 first"
-        ) from error
+    if stream is None:
+        return Document("stdin", sys.stdin.read(), {"source": STDIN})
+    found = document_of("standard input", stream.read(), converter=converter)
+    return replace(found, id="stdin", metadata={"source": STDIN, **found.metadata}, source={})
 
 
 def printable(name: str) -> str:
