@@ -7,6 +7,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -20,6 +21,7 @@ from focus_core.server.errors import ApiError, error_body, translate
 from focus_core.server.http import Reader, event_stream, while_connected
 from focus_core.server.openai_api import citation_body, sampling
 from focus_core.server.schemas import AnthropicChoice, AnthropicTool, MessagesCount, MessagesRequest
+from focus_core.session.attachments import attached_document
 from focus_core.session.citations import STANDARD_CITATIONS, Citation
 from focus_core.session.request import Request as Asked
 from focus_core.text.corpus import Document
@@ -39,7 +41,7 @@ def anthropic_router(answering: Answering, model: str) -> APIRouter:
     async def create(body: MessagesRequest, request: Request, caller: Reader) -> Response:
         """Answer a conversation of any length over memories and attached documents."""
         check_model(body.model)
-        job = messages_job(body)
+        job = await asyncio.to_thread(messages_job, body)  # attached files may have to be converted
         await asyncio.to_thread(answering.check, caller, job)
         key = f"msg_{uuid.uuid4().hex}"
         if body.stream:
@@ -58,7 +60,8 @@ def anthropic_router(answering: Answering, model: str) -> APIRouter:
     async def count(body: MessagesCount, caller: Reader) -> dict[str, int]:
         """Count the tokens of a conversation without answering it."""
         check_model(body.model)
-        messages, documents = _messages(body.system, [turn.model_dump(exclude_none=True) for turn in body.messages])
+        turns = [turn.model_dump(exclude_none=True) for turn in body.messages]
+        messages, documents = await asyncio.to_thread(_messages, body.system, turns)
         tools = _tools(body.tools)
         return {"input_tokens": await asyncio.to_thread(answering.count, messages, tools, documents)}
 
@@ -156,19 +159,25 @@ def _plain(content: Any) -> str:
 
 
 def _document(block: Mapping[str, Any], number: int) -> Document:
-    source = block.get("source")
+    source, title = block.get("source"), block.get("title")
+    known = {"title": title, "context": block.get("context")}
     kind = source.get("type") if isinstance(source, Mapping) else None
     if isinstance(source, Mapping) and kind == "text" and isinstance(source.get("data"), str):
         text = source["data"]
     elif isinstance(source, Mapping) and kind == "content":
         text = _plain(source.get("content"))
+    elif isinstance(source, Mapping) and kind == "base64" and isinstance(source.get("data"), str):
+        found = attached_document(str(title or f"document-{number}"), source["data"], source.get("media_type"))
+        return replace(found, id=f"document-{number}", metadata={**found.metadata, **_given(known)})
     else:
         raise ConfigError(
-            f"a document's source must be of type text or content; got {kind!r}; convert it to text first"
+            f"a document's source must be of type text, content or base64; got {kind!r}; convert it to text first"
         )
-    title = block.get("title")
-    known = {"title": title, "context": block.get("context")}
-    return Document(f"document-{number}", text, {key: value for key, value in known.items() if value})
+    return Document(f"document-{number}", text, _given(known))
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value}
 
 
 # -- answers ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, UploadFile
 from starlette.responses import JSONResponse, Response
 
-from focus_core.errors import CancelledError, NotTextError
+from focus_core.errors import CancelledError
 from focus_core.generation import check_cancelled
 from focus_core.server.access import Caller
 from focus_core.server.errors import ApiError, error_body, translate
@@ -23,7 +23,7 @@ from focus_core.server.memories import Keeping, Memories
 from focus_core.server.metrics import Metrics
 from focus_core.server.schemas import DocumentsUpload, MemoryChange, MemoryCreate
 from focus_core.store.collections import CollectionInfo
-from focus_core.text.corpus import Document
+from focus_core.text.corpus import Document, document_of
 
 _KEPT = 256  # finished changes whose progress can still be asked for
 
@@ -157,7 +157,7 @@ def memories_router(memories: Memories, indexer: Indexer, document_bytes: int) -
 
     @router.post("/{name}/files", status_code=202)
     async def upload(name: str, files: list[UploadFile], caller: Writer) -> dict[str, Any]:
-        """Read uploaded files of text into a memory, each a document named as the file."""
+        """Read uploaded files into a memory, each a document named as the file."""
         return await _begin(caller, name, [await _file(file, document_bytes) for file in files])
 
     async def _begin(caller: Caller, name: str, found: Sequence[Document]) -> dict[str, Any]:
@@ -227,10 +227,7 @@ async def _file(file: UploadFile, most: int) -> Document:
     name = file.filename or "file"
     if len(data) > most:
         raise ApiError(413, f"file {name!r} is larger than {most:,} bytes; cut it", code="too_large")
-    try:
-        return Document(name, data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise NotTextError(f"file {name!r} is not UTF-8 text ({error.reason}); convert it first") from error
+    return await asyncio.to_thread(document_of, name, data)
 
 
 def _body(info: CollectionInfo, keeping: Keeping) -> dict[str, Any]:

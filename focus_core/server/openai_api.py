@@ -72,7 +72,7 @@ def openai_router(answering: Answering, background: Background, model: str) -> A
     async def chat(body: ChatCompletionRequest, request: Request, caller: Reader) -> Response:
         """Answer a conversation of any length over memories."""
         head = _Head(f"chatcmpl-{uuid.uuid4().hex}", "chat.completion", int(time.time()), named(body.model))
-        job = chat_job(body)
+        job = await asyncio.to_thread(chat_job, body)  # attached files may have to be converted
         await asyncio.to_thread(answering.check, caller, job)
         jobs = several(job, body.n or 1)
         if body.stream:

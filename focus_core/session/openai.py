@@ -6,15 +6,13 @@ no client library is imported.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from focus_core.errors import ConfigError, NotTextError
+from focus_core.errors import ConfigError
 from focus_core.model.chat import Message, Role, Tool, ToolCall
+from focus_core.session.attachments import attached_document
 from focus_core.text.corpus import Document
 
 _ROLES: dict[str, Role] = {
@@ -32,7 +30,7 @@ def to_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], l
 
     Raises:
         ConfigError: a role is unknown, a tool call is malformed, or a part holds media that are no text.
-        NotTextError: an attached file is not UTF-8 text.
+        NotTextError: an attached file holds no text.
     """
     documents: list[Document] = []
     return [_to_message(message, documents) for message in messages], documents
@@ -144,8 +142,4 @@ def _attached(file: Mapping[str, Any]) -> Document:
     name, data = str(file.get("filename") or ""), file.get("file_data")
     if not isinstance(data, str):
         raise ConfigError(f"an attached file needs file_data; got {', '.join(sorted(file)) or 'nothing'}")
-    try:
-        text = base64.b64decode(data.partition(",")[2] if data.startswith("data:") else data, validate=True).decode()
-    except (binascii.Error, ValueError) as error:
-        raise NotTextError(f"attached file {name!r} is not UTF-8 text in base64 ({error}); convert it first") from error
-    return Document(name or f"attachment-{hashlib.sha256(text.encode()).hexdigest()[:8]}", text)
+    return attached_document(name or None, data)

@@ -7,11 +7,10 @@ asks the translator registered here for them. Nothing is generated here.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from langchain_core.messages import (
@@ -25,8 +24,9 @@ from langchain_core.messages import (
 )
 from langchain_core.messages.block_translators import register_translator
 
-from focus_core.errors import ConfigError, NotTextError
+from focus_core.errors import ConfigError
 from focus_core.model.chat import Message, Role, ToolCall
+from focus_core.session.attachments import attached_document
 from focus_core.text.corpus import Document
 from focus_integrations.langchain._model import PROVIDER
 
@@ -127,21 +127,17 @@ def _block(block: Any, documents: list[Document]) -> str | None:
 
 def _document(block: Mapping[str, Any]) -> Document:
     """Return the document of a ``text-plain`` or ``file`` block."""
-    text, data, mime = block.get("text"), block.get("base64"), str(block.get("mime_type") or "text/plain")
+    text, data, mime = block.get("text"), block.get("base64"), block.get("mime_type")
     extras = block.get("extras") or {}
     title = block.get("title") or block.get("filename") or extras.get("title") or extras.get("filename")
+    known = {key: block[key] for key in ("title", "context", "url") if block.get(key)}
     if text is None and data is not None:
-        if not mime.startswith("text/") and mime not in ("application/json", "application/xml"):
-            raise NotTextError(f"attached file {title or ''!r} is {mime}; convert it to text first (`markitdown`)")
-        try:
-            text = base64.b64decode(data).decode("utf-8-sig")
-        except (binascii.Error, UnicodeDecodeError) as error:
-            raise NotTextError(f"attached file {title or ''!r} is not UTF-8 text ({error})") from error
+        document = attached_document(str(title) if title else None, data, mime)
+        return replace(document, metadata={**document.metadata, **known})
     if not isinstance(text, str):
         raise ConfigError(
             f"an attached document needs 'text' or 'base64'; got {', '.join(sorted(block))}; read it first"
         )
-    known = {key: block[key] for key in ("title", "context", "url") if block.get(key)}
     name = title or f"attachment-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return Document(str(name), text, known)
 

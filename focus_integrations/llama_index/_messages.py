@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llama_index.core.base.llms.types import (
@@ -27,8 +28,9 @@ from llama_index.core.base.llms.types import (
 
 from focus_core.answers import Answer
 from focus_core.engine import FocusEngine
-from focus_core.errors import ConfigError, FocusError, NotTextError
+from focus_core.errors import ConfigError, FocusError
 from focus_core.model.chat import Message, Role, ToolCall, ToolCallParser
+from focus_core.session.attachments import attached_document
 from focus_core.session.citations import cite
 from focus_core.session.documents import source_dicts, written
 from focus_core.session.request import Call
@@ -63,7 +65,7 @@ def to_messages(messages: Sequence[ChatMessage], skip: bool = False) -> tuple[li
 
     Raises:
         ConfigError: a block is no text (image, audio, video).
-        NotTextError: a document block holds no UTF-8 text.
+        NotTextError: a document block holds no text.
     """
     found: list[Message] = []
     documents: list[Document] = []
@@ -139,13 +141,8 @@ def _document(block: CitableBlock | DocumentBlock) -> Document:
         return Document(name, "\n\n".join(texts), {"title": block.title, "source": name})
     name = str(block.path or block.url or block.title or "document")
     data = block.resolve_document().read()
-    try:
-        text = data.decode("utf-8-sig") if b"\0" not in data else None
-    except UnicodeDecodeError:
-        text = None
-    if text is None:
-        raise NotTextError(f"the document block {name!r} holds no UTF-8 text; convert it to text first")
-    return Document(name, text, {"title": block.title or name, "source": name})
+    found = attached_document(name, data, block.document_mimetype)
+    return replace(found, metadata={**found.metadata, "title": block.title or name, "source": name})
 
 
 # -- out --------------------------------------------------------------------------------------------------------

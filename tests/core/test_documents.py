@@ -16,9 +16,9 @@ from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import pytest
-from focus_core.session.attachments import attached_document
 
 from focus_core.errors import ConfigError, CorpusError, NotTextError
+from focus_core.session.attachments import attached_document
 from focus_core.session.citations import page_of
 from focus_core.session.corpus import index_paths
 from focus_core.store.places import Place

@@ -183,7 +183,7 @@ def test_document_blocks_from_files(llm, tmp_path):
     (tmp_path / "b.bin").write_bytes(b"\x7fELF\0\0")
     raw = llm.chat(blocks(DocumentBlock(path=tmp_path / "a.txt"))).raw
     assert raw["focus"]["sources"][0]["document_id"].endswith("a.txt")
-    with pytest.raises(NotTextError, match=r"b\.bin' holds no UTF-8 text; convert"):
+    with pytest.raises(NotTextError, match=r"b\.bin holds binary data; convert"):
         llm.chat(blocks(DocumentBlock(path=tmp_path / "b.bin")))
     with pytest.raises(ConfigError, match="FocusLLM reads text; a message of role 'user' holds a ImageBlock"):
         llm.chat(blocks(ImageBlock(image=b"x")))
