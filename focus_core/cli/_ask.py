@@ -246,10 +246,10 @@ def _say(piece: str) -> None:
 
 def _with_page(item: Any, memory: Any) -> dict[str, Any]:
     """Return a passage as a dictionary, with its page where its document has pages."""
-    from focus_core.session.citations import page_of
+    from focus_core.session.citations import page_at
 
     document = next((one for one in memory.documents if one.id == item.document_id), None)
-    page = None if document is None else page_of(document, item.start)
+    page = None if document is None else page_at(document.metadata, item.start)
     return asdict(item) if page is None else {**asdict(item), "page": page}
 
 

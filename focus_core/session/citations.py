@@ -187,10 +187,11 @@ def about(metadata: Mapping[str, Any], name: str, start: int) -> dict[str, Any]:
     """
     url = metadata.get("url") or metadata.get("source")
     title = metadata.get("title") or metadata.get("file_name") or name
-    return {"title": str(title), "url": str(url) if url else None, "page": _page(metadata, start)}
+    return {"title": str(title), "url": str(url) if url else None, "page": page_at(metadata, start)}
 
 
-def _page(metadata: Mapping[str, Any], start: int) -> int | None:
+def page_at(metadata: Mapping[str, Any], start: int) -> int | None:
+    """Return the page, counted from 1, that a character of a document is on; ``None`` where it has no pages."""
     starts, label = metadata.get("page_starts"), str(metadata.get("page_label") or "")
     if isinstance(starts, list) and starts:
         return max(1, bisect.bisect_right(starts, start))

@@ -19,7 +19,7 @@ import pytest
 
 from focus_core.errors import ConfigError, CorpusError, NotTextError
 from focus_core.session.attachments import attached_document
-from focus_core.session.citations import page_of
+from focus_core.session.citations import page_at
 from focus_core.session.corpus import index_paths
 from focus_core.store.places import Place
 from focus_core.text.conversion import _bomb, _pages
@@ -165,7 +165,7 @@ def test_a_folder_of_everything_is_read_with_page_citations(run: Any, tmp_path: 
         document, at = held[name], 0
         for page, text in enumerate(texts, 1):
             at = document.text.index(text, at)
-            assert page_of(document, at) == (page if name in paged else None), name
+            assert page_at(document.metadata, at) == (page if name in paged else None), name
             at += 1
         assert len(document.metadata.get("page_starts", ())) == paged.get(name, 0)
         assert "<" not in document.text
@@ -175,12 +175,12 @@ def test_a_folder_of_everything_is_read_with_page_citations(run: Any, tmp_path: 
     for one in passages:
         document = held[Path(one["document_id"]).name]
         assert one["text"] == document.text[one["start"] : one["end"]]
-        assert one.get("page") == page_of(document, one["start"])
+        assert one.get("page") == page_at(document.metadata, one["start"])
     report = tmp_path / "files" / "report.pdf"
     _, _, err = run("ask", "which vault?", report, "--max-tokens", 1, "--chunk-size", 32)
     told = re.search(r"report\.pdf:(\d+)-\d+, page (\d)", err)
     assert told is not None, err
-    assert int(told[2]) == page_of(held["report.pdf"], int(told[1]))
+    assert int(told[2]) == page_at(held["report.pdf"].metadata, int(told[1]))
 
 
 @converts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import anthropic
 import pytest
 
@@ -35,9 +37,11 @@ def test_a_message_is_answered(client: anthropic.Anthropic, scripted: Running) -
     assert counted.input_tokens == answer.usage.input_tokens
 
 
-def test_documents_are_cited_by_their_characters(client: anthropic.Anthropic, scripted: Running) -> None:
+@pytest.mark.parametrize("kind", ["text", "base64"])
+def test_documents_are_cited_by_their_characters(client: anthropic.Anthropic, scripted: Running, kind: str) -> None:
     text = "Ada Miller signed the lease of the mill."
-    block = {"type": "document", "title": "Lease", "source": {"type": "text", "media_type": "text/plain", "data": text}}
+    data = text if kind == "text" else base64.b64encode(text.encode("utf-16")).decode()
+    block = {"type": "document", "title": "Lease", "source": {"type": kind, "media_type": "text/plain", "data": data}}
     content = [block, {"type": "text", "text": "who signed?"}]
     answer = client.messages.create(
         model=scripted.model, max_tokens=64, messages=[{"role": "user", "content": content}]

@@ -12,6 +12,7 @@ import pytest
 from focus_core.errors import ConfigError
 from focus_core.server.access import add_key, read_keys
 from focus_core.server.settings import ServerSettings
+from tests import office
 from tests.langchain.conftest import ScriptedEngine, tiny_engine
 from tests.server.conftest import CONTRACTS, Running, fill, serving, wait
 
@@ -54,6 +55,28 @@ def test_a_memory_is_made_filled_changed_and_dropped(own: Running) -> None:
         assert client.delete("/v1/memories/contracts").json()["deleted"]
         assert client.get("/v1/memories/contracts").status_code == 404
         assert _ask(client, own, memories=["contracts"]).status_code == 404
+
+
+def test_uploaded_documents_are_converted_and_cited_by_page(own: Running) -> None:
+    pytest.importorskip("kreuzberg", reason="needs the converter: pip install 'focusllm[documents]'")
+    pages = ["The lease of Ann ends in May.", "The boat of Bob is red."]
+    files = [
+        ("files", ("lease.pdf", office.pdf(pages), "application/pdf")),
+        ("files", ("a.txt", "né".encode("latin-1"))),
+    ]
+    with own.client() as client:
+        client.post("/v1/memories", json={"name": "papers"})
+        change = client.post("/v1/memories/papers/files", files=files)
+        assert wait(client, change.json())["status"] == "completed"
+        held = client.get("/v1/memories/papers/document", params={"id": "lease.pdf"}).json()
+        assert held["text"].index("The boat") == held["metadata"]["page_starts"][1]
+        assert client.get("/v1/memories/papers/document", params={"id": "a.txt"}).json()["text"] == "né"
+        cited = _ask(client, own, memories=["papers"]).json()["choices"][0]["message"]["citations"]
+        assert {(one["document_id"], one["page"]) for one in cited} >= {("lease.pdf", 1)}
+        torn = [("files", ("torn.pdf", b"%PDF-1.4 x", "application/pdf"))]
+        refused = client.post("/v1/memories/papers/files", files=torn)
+        assert refused.status_code == 400
+        assert "torn.pdf cannot be converted" in refused.text
 
 
 def test_progress_is_streamed_until_the_end(own: Running) -> None:
