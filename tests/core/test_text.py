@@ -221,14 +221,14 @@ def test_a_folder_that_may_be_listed_and_not_entered_stops_nothing(tmp_path, mon
     (tmp_path / "in").mkdir()
     for name in ("a.txt", "in/b.txt"):
         (tmp_path / name).write_text("the cat")
-    is_file, notices = Path.is_file, []
+    stat, notices = Path.stat, []
 
-    def refused(path: Path) -> bool:
+    def refused(path: Path, **options: bool) -> os.stat_result:
         if path.name == "b.txt":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return is_file(path)
+        return stat(path, **options)
 
-    monkeypatch.setattr(Path, "is_file", refused)
+    monkeypatch.setattr(Path, "stat", refused)
     found = load_documents([tmp_path], skipped=lambda path, why: notices.append((path.name, why)))
     assert [Path(document.id).name for document in found] == ["a.txt"]
     assert notices == [("b.txt", "cannot be read (Permission denied)")]
