@@ -214,6 +214,7 @@ def _finished(job: Job, call: Call, text: str) -> Finished:
     answer = call.stream.answer
     if answer.finish_reason == "cancelled":
         raise CancelledError("the answer was cancelled")
-    found = call.citations(job.citations) if text.strip() else []
+    text = "\n".join(filter(None, [text.strip(), call.broken]))  # what is no call is not lost
+    found = call.citations(job.citations) if text else []
     looked = attention_map(answer, call.stream.documents) if job.attention else None
-    return Finished(text.strip(), answer, call.reason, call.calls, tuple(found), looked, answer.stopped_by)
+    return Finished(text, answer, call.reason, call.calls, tuple(found), looked, answer.stopped_by)

@@ -146,6 +146,11 @@ class Call:
         return tuple(self.parser.calls) if self.parser is not None else ()
 
     @property
+    def broken(self) -> str:
+        """Text of what began as a tool call and did not end as one."""
+        return "\n".join(call.written for call in self.parser.broken) if self.parser is not None else ""
+
+    @property
     def reason(self) -> str:
         """Why the answer ended: ``stop``, ``length``, ``tool_calls`` or ``cancelled``."""
         return "tool_calls" if self.calls else self.stream.answer.finish_reason

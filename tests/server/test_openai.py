@@ -199,6 +199,27 @@ def test_tool_calls_stream_in_parts(client: openai.OpenAI, scripted: Running) ->
     assert (name, json.loads(arguments), reason) == ("add", {"a": 3, "b": 4}, "tool_calls")
 
 
+def test_what_is_no_whole_call_comes_back_as_text(endless: Running) -> None:
+    """A call that the limit of tokens cuts off is not lost: the answer says what was written."""
+    stream_of = endless.engine.chat
+
+    def cut_off(messages, *more, **named):
+        stream = stream_of(messages, *more, **{**named, "tool_choice": "none"})
+        left = endless.engine.tokenizer.encode('<tool_call>\n{"name": "add", "arguments": {"a": 3')
+        stream._generation._draw = lambda sampler, logits: (left.pop(0) if left else 300, 0.0, ())
+        return stream
+
+    endless.engine.chat = cut_off  # type: ignore[method-assign]
+    try:
+        with endless.client() as client:
+            body = {"model": endless.model, "messages": WHO, "tools": [ADD], "max_tokens": 90}
+            choice = client.post("/v1/chat/completions", json=body).json()["choices"][0]
+    finally:
+        del endless.engine.chat
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"].startswith('<tool_call>\n{"name": "add", "arguments": {"a": 3')
+
+
 def test_tool_choice_none_reads_no_calls(client: openai.OpenAI, scripted: Running) -> None:
     asked = [{"role": "user", "content": "add 3 and 4"}]
     answer = client.chat.completions.create(model=scripted.model, messages=asked, tools=[ADD], tool_choice="none")
