@@ -347,7 +347,7 @@ class FocusEngine:
         """Answer the last message of a conversation of any length.
 
         Turns that do not fit the window are read as memory for this answer; what ``memory`` holds stays as it is.
-        Tool calls are in the text; :class:`~focus_core.model.chat.ToolCallParser` reads them.
+        Tool calls are in the text; :class:`~focus_core.model.tool_calls.ToolCallParser` reads them.
 
         Args:
             messages: oldest first; without a system turn the adapter's is put in front.

@@ -21,9 +21,9 @@ from focus_core import cli
 from focus_core.config import FocusConfig
 from focus_core.engine import FocusEngine
 from focus_core.model.candidate import CandidateAdapter
-from focus_core.model.chat import ToolCall, ToolCallParser
 from focus_core.model.families import FAMILIES, BaseDecoder
 from focus_core.model.hub import AdapterInfo, LoadedBase, fingerprint
+from focus_core.model.tool_calls import ToolCall, ToolCallParser
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCABULARY = 320

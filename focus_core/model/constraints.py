@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from focus_core.errors import ConfigError
-from focus_core.model.chat import CALL_CLOSE, CALL_OPEN, Tool
+from focus_core.model.chat import Tool
+from focus_core.model.tool_calls import CALL_CLOSE, CALL_OPEN
 from focus_core.text.tokenization import TextTokenizer
 
 if TYPE_CHECKING:

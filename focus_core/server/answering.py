@@ -18,7 +18,8 @@ from focus_core.answers import Answer
 from focus_core.engine import FocusEngine
 from focus_core.errors import CancelledError, ConfigError
 from focus_core.generation import check_cancelled
-from focus_core.model.chat import Message, Tool, ToolCall, render_messages
+from focus_core.model.chat import Message, Tool, render_messages
+from focus_core.model.tool_calls import ToolCall
 from focus_core.server.access import Caller
 from focus_core.server.admission import Admission
 from focus_core.server.memories import Memories

@@ -14,7 +14,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from focus_core.errors import ConfigError
-from focus_core.model.chat import Message, Tool, ToolCall
+from focus_core.model.chat import Message, Tool
+from focus_core.model.tool_calls import ToolCall
 from focus_core.server.access import Caller
 from focus_core.server.answering import Answering, Finished, Job
 from focus_core.server.errors import ApiError, error_body, translate

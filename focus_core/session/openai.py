@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from focus_core.errors import ConfigError
-from focus_core.model.chat import Message, Role, Tool, ToolCall
+from focus_core.model.chat import Message, Role, Tool
+from focus_core.model.tool_calls import ToolCall
 from focus_core.session.attachments import attached_document
 from focus_core.text.corpus import Document
 

@@ -17,7 +17,8 @@ from focus_core.config import DecodeConfig
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
 from focus_core.generation import Token, check_cancelled
-from focus_core.model.chat import ChatDelta, Message, Tool, ToolCall, ToolCallParser
+from focus_core.model.chat import Message, Tool
+from focus_core.model.tool_calls import ChatDelta, ToolCall, ToolCallParser
 from focus_core.prompts import Template
 from focus_core.session.citations import Citation, cite
 from focus_core.session.engines import Held

@@ -25,7 +25,8 @@ from langchain_core.messages import (
 from langchain_core.messages.block_translators import register_translator
 
 from focus_core.errors import ConfigError
-from focus_core.model.chat import Message, Role, ToolCall
+from focus_core.model.chat import Message, Role
+from focus_core.model.tool_calls import ToolCall
 from focus_core.session.attachments import attached_document
 from focus_core.text.corpus import Document
 from focus_integrations.langchain._model import PROVIDER

@@ -28,7 +28,8 @@ from pydantic import model_validator
 
 from focus_core import __version__
 from focus_core.errors import ConfigError
-from focus_core.model.chat import ChatDelta, render_messages
+from focus_core.model.chat import render_messages
+from focus_core.model.tool_calls import ChatDelta
 from focus_core.session import concurrency
 from focus_core.session.openai import to_choice, to_schema, to_tools
 from focus_core.session.request import Call, Request, seconds_of

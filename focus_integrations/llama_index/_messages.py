@@ -29,7 +29,8 @@ from llama_index.core.base.llms.types import (
 from focus_core.answers import Answer
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError, FocusError
-from focus_core.model.chat import Message, Role, ToolCall, ToolCallParser
+from focus_core.model.chat import Message, Role
+from focus_core.model.tool_calls import ToolCall, ToolCallParser
 from focus_core.session.attachments import attached_document
 from focus_core.session.citations import cite
 from focus_core.session.documents import source_dicts, written

@@ -9,17 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from focus_core.errors import ConfigError
-from focus_core.model.chat import (
-    CALL_CLOSE,
-    CALL_OPEN,
-    Message,
-    Tool,
-    ToolCall,
-    ToolCallParser,
-    fit_messages,
-    render_messages,
-    write_tool_call,
-)
+from focus_core.model.chat import Message, Tool, fit_messages, render_messages
+from focus_core.model.tool_calls import CALL_CLOSE, CALL_OPEN, ToolCall, ToolCallParser, write_tool_call
 from focus_core.text.tokenization import TextTokenizer
 from tests.conftest import parse_tool_calls
 

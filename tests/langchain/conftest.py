@@ -12,9 +12,10 @@ from focus_core.config import FocusConfig
 from focus_core.engine import FocusEngine
 from focus_core.generation import Generation
 from focus_core.model.candidate import CandidateAdapter
-from focus_core.model.chat import Message, Tool, ToolCall, write_tool_call
+from focus_core.model.chat import Message, Tool
 from focus_core.model.families import BaseDecoder
 from focus_core.model.hub import AdapterInfo, LoadedBase, fingerprint
+from focus_core.model.tool_calls import ToolCall, write_tool_call
 from tests.conftest import byte_level_tokenizer, perturb, tiny_model
 
 

@@ -31,7 +31,7 @@ from pydantic import ValidationError
 
 from focus_core.errors import ConfigError
 from focus_core.method.passes import run_together
-from focus_core.model.chat import ToolCall, write_tool_call
+from focus_core.model.tool_calls import ToolCall, write_tool_call
 from focus_core.session import engines
 from focus_core.session.long_memory import LongMemory
 from focus_core.store import memory as core_memory
