@@ -80,7 +80,7 @@ def test_one_request_too_many_is_429_with_a_time(tmp_path: Path) -> None:
 
         def ask() -> None:
             with running.client() as client:
-                answers.append(client.post("/v1/chat/completions", json=_body(running, "who", max_tokens=200)))
+                answers.append(client.post("/v1/chat/completions", json=_body(running, "who", max_tokens=900)))
 
         threads = [threading.Thread(target=ask) for _ in range(5)]
         for thread in threads:
