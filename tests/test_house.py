@@ -1,4 +1,4 @@
-"""Check the house: docstrings of modules, pages that name what exists and no machine."""
+"""Check the house: sizes and docstrings of modules, pages that name what exists and no machine."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+MOST_LINES = 500
 FOLDERS = ("focus_core", "focus_integrations", "tests", "examples", "scripts")
 PYTHON = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_says_what_it_is_for(path: Path) -> None:
+def test_a_file_is_short_and_says_what_it_is_for(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
+    lines = text.count("\n")
+    assert lines <= MOST_LINES, f"{path.name} has {lines} lines; give a concept of it a file of its own"
     if text.strip():
         assert ast.get_docstring(ast.parse(text)), f"{path.name} has no module docstring"
 

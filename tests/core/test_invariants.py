@@ -175,33 +175,6 @@ def test_3_equal_chunks_share_a_row_and_count_each(family, make_engine):
         engine.close()
 
 
-@pytest.mark.parametrize("mode", ["incremental", "exact"])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
-def test_3_reading_whole_equals_the_oracle(family, mode, make_engine):
-    """Two chunks read whole == the oracle over the others with those tokens in front of the local row alone."""
-    positions = positions_of(family)[0]
-    model, _, adapter = build(family)
-    weights = candidate_weights(model)
-    adapter.detach()
-    chunks, given, separator = [*CHUNKS, [70, 71], CHUNKS[1]], 4, [9]
-    oracle, choices, logits = Oracle(model, weights, positions, 0), ([2, 0], [1, 4]), []
-    for whole in choices:
-        others = [chunk for index, chunk in enumerate(chunks) if index not in whole]
-        front = [token for index in sorted(whole) for token in (*chunks[index], *separator)]
-        logits.append(oracle.logits(others, LOCAL, given, mode, front))
-    engine = make_engine(family, model=model, dtype=torch.float64, positions=positions, local_mode=mode)
-    state = _memory_of(engine, chunks).state
-    for size in (None, 2):
-        reading = engine.reading(state, max_tokens=len(LOCAL), chunks_per_batch=size)
-        reading.begin(LOCAL[:given])
-        for whole, expected in zip(choices, logits, strict=True):  # the second choice takes the place of the first
-            first = reading.read_whole(whole, separator)
-            torch.testing.assert_close(first.double(), expected[0], atol=2e-6, rtol=1e-5)
-        found = [reading.step(token) for token in LOCAL[given:]]
-        torch.testing.assert_close(torch.stack(found).double(), expected[1:], atol=2e-6, rtol=1e-5)
-        assert (reading.whole, reading.candidates, reading.reread_tokens) == ([1, 4], len(chunks) - 2, len(front))
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
 def test_3_the_choice_may_change_between_steps(family, make_engine):
     """Other chunks read whole after two steps == the oracle's answer to all tokens so far with these in front."""
@@ -219,24 +192,6 @@ def test_3_the_choice_may_change_between_steps(family, make_engine):
         reading.step(token)
     found = [reading.read_whole([2, 1])] + [reading.step(token) for token in LOCAL[5:]]
     torch.testing.assert_close(torch.stack(found).double(), expected, atol=2e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_3_a_whole_memory_is_the_base_on_its_window(family, make_engine):
-    """Every chunk read whole == transformers' own forward over their tokens and the question, exactly placed."""
-    model, _, adapter = build(family)
-    adapter.detach()
-    memories, rows = (CHUNKS[:1], CHUNKS), []
-    for chunks in memories:
-        row = [0, *(token for chunk in chunks for token in (*chunk, 9)), *LOCAL]
-        rows.append(model(torch.tensor([row])).logits[0, -len(LOCAL) + 2 :])
-    engine = make_engine(family, model=model, dtype=torch.float64)
-    for chunks, expected in zip(memories, rows, strict=True):
-        reading = engine.reading(_memory_of(engine, chunks).state, max_tokens=len(LOCAL))
-        reading.begin(LOCAL[:3])
-        found = [reading.read_whole(range(len(chunks)), [9])] + [reading.step(token) for token in LOCAL[3:]]
-        torch.testing.assert_close(torch.stack(found).double(), expected, atol=2e-6, rtol=1e-5)
-        assert reading.candidates == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gemma3_text", "smollm3"])
@@ -257,21 +212,6 @@ def test_3_moved_chunk_kv_equals_layers_run_by_hand(family, make_engine):
     after = reading.step(LOCAL[4])
     assert torch.isfinite(after).all()
     assert not torch.allclose(after, found)
-
-
-@pytest.mark.parametrize("moved", [False, True])
-def test_3_mass_on_whole_chunks_is_that_on_their_tokens(moved, make_engine):
-    """All a last row attends to adds up to one: candidates, whole chunks, and what stands between."""
-    engine = make_engine("llama", dtype=torch.float64)
-    reading = engine.reading(_memory_of(engine, CHUNKS).state, max_tokens=len(LOCAL))
-    reading.begin(LOCAL[:4])
-    reading.read_whole([2, 0], moved=moved)
-    for mass in [*reading.mass[:-1], *([] if moved else reading.mass[-1:])]:
-        assert mass.shape == (4, len(CHUNKS))
-        assert bool((mass > 0).all())
-        assert bool((mass.sum(1) < 1).all())
-    if moved:
-        assert not reading.mass[-1][:, [0, 2]].any()  # the last layer has no chunk KV
 
 
 def test_3_chunk_kv_is_moved_in_rotary_incremental_bases_alone(make_engine):
@@ -308,20 +248,6 @@ def test_3_narrowing_equals_the_oracle_with_those_chunks_alone(family, mode, mak
             assert (reading.chunks, reading.candidates) == (len(chunks), len(kept))
             for mass in reading.mass:
                 assert [bool(at.any()) for at in mass.T] == [index in kept for index in range(len(chunks))]
-
-
-def test_3_reading_whole_leaves_out_what_the_window_has_no_room_for(make_engine):
-    """The best chunk that fits is read, a worse one behind a full window is not; no room at all changes nothing."""
-    engine = make_engine("llama", window=40, chunk_size=20, prompt_length=8)
-    state = _memory_of(engine, [[10] * 18, [11] * 18, [12] * 3]).state
-    reading = engine.reading(state, max_tokens=4)
-    reading.begin(LOCAL)
-    assert reading.read_whole([0, 1, 2]) is not None
-    assert reading.reread_tokens == 18
-    full = engine.reading(state, max_tokens=15)
-    full.begin(LOCAL)
-    assert full.read_whole([0]) is None
-    assert full.local == LOCAL
 
 
 @pytest.mark.parametrize("family", FAMILIES)

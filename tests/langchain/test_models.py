@@ -16,12 +16,12 @@ import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.documents import Document as Page
 from langchain_core.globals import set_llm_cache
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.runnables import ConfigurableField
 from pydantic import BaseModel, ValidationError
 
 from focus_core import Document
-from focus_core.errors import ConfigError, ContextTooLongError, EmptyCorpusError, NotTextError, OutOfMemoryError
+from focus_core.errors import ConfigError, EmptyCorpusError, NotTextError, OutOfMemoryError
 from focus_core.method import passes
 from focus_core.method.kv import ChunkKV
 from focus_core.model.chat import Message
@@ -414,32 +414,6 @@ class Person(BaseModel):
     age: int
 
 
-def test_tools_stream_and_round_trip():
-    """Streamed call chunks add up to the call; no two calls have the same id, of equal requests neither."""
-
-    def add(a: int, b: int) -> int:
-        """Add numbers."""
-        return a + b
-
-    bound = ChatFocusLLM(engine=SCRIPTED, max_tokens=160).bind_tools([add])
-    message = bound.invoke("add 3 and 4")
-    assert [(call["name"], call["args"]) for call in message.tool_calls] == [("add", {"a": 3, "b": 4})]
-    assert message.response_metadata["finish_reason"] == "tool_calls"
-    chunks = list(bound.stream("add 3 and 4"))
-    assert sum(bool(chunk.tool_call_chunks) for chunk in chunks) > 2
-    whole = chunks[0]
-    for chunk in chunks[1:]:
-        whole = whole + chunk
-    assert [{**call, "id": None} for call in whole.tool_calls] == [{**call, "id": None} for call in message.tool_calls]
-    again = bound.invoke("add 3 and 4")
-    assert len({call["id"] for one in (message, whole, again) for call in one.tool_calls}) == 3
-    talk = [HumanMessage("add 3 and 4"), message, ToolMessage("7", tool_call_id=message.tool_calls[0]["id"])]
-    assert "7" in bound.invoke(talk).content
-    later = bound.invoke([*talk, AIMessage("seven"), HumanMessage("add 5 and 6")])
-    assert later.tool_calls[0]["args"] == {"a": 5, "b": 6}
-    assert later.tool_calls[0]["id"] != message.tool_calls[0]["id"]
-
-
 @pytest.mark.parametrize(
     "choice", ["any", "required", True, "Person", {"type": "function", "function": {"name": "Person"}}]
 )
@@ -456,20 +430,6 @@ def test_choices_that_do_not_call():
     assert chat.bind_tools([Person]).invoke("who?", max_tokens=4).content != ""
     one = chat.bind_tools([Person], tool_choice="any", parallel_tool_calls=False).invoke("who?")
     assert len(one.tool_calls) == 1
-
-
-@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
-def test_structured_output_of_any_sample(method):
-    """Whatever is sampled is a value of the schema; include_raw gives the message too; streams end in the value."""
-    chat = ChatFocusLLM(engine=ENGINE, max_tokens=140, temperature=1.5)
-    for seed in range(2):
-        assert isinstance(chat.bind(seed=seed).with_structured_output(Person, method=method).invoke("x"), Person)
-    whole = chat.with_structured_output(Person.model_json_schema(), method=method, include_raw=True).invoke("x")
-    assert Person(**whole["parsed"])
-    assert whole["parsing_error"] is None
-    assert isinstance(whole["raw"], AIMessage)
-    last = list(chat.with_structured_output(Person.model_json_schema(), method=method).stream("x"))[-1]
-    assert Person(**last)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------
@@ -513,30 +473,6 @@ def test_a_corpus_larger_than_memory_says_so(kind, monkeypatch):
         with pytest.raises(OutOfMemoryError, match=r"\d chunks do not fit in memory"):
             model.invoke("x", documents=["the large cat. " * 20])
     assert model.invoke("x", documents=["the large cat. " * 20]) is not None
-
-
-def test_bad_tools_schemas_and_messages_are_named():
-    """Tools, choices, schemas and conversations that cannot be used say why."""
-    chat = ChatFocusLLM(engine=ENGINE, max_tokens=100)
-    bad = {
-        "type": "function",
-        "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": 3}}}},
-    }
-    with pytest.raises(ConfigError, match="cannot be used"):
-        chat.bind_tools([bad], tool_choice="any").invoke("x")
-    with pytest.raises(ConfigError, match="tool_choice 'other'"):
-        chat.bind_tools([Person], tool_choice="other")
-    with pytest.raises(ConfigError, match="method must be"):
-        chat.with_structured_output(Person, method="magic")
-    with pytest.raises(ConfigError, match="raise max_tokens"):
-        chat.with_structured_output(Person).invoke("x", max_tokens=3)
-    with pytest.raises(ConfigError, match="template 'raw'"):
-        ChatFocusLLM(engine=ENGINE, template="raw").invoke("x")
-    with pytest.raises(ContextTooLongError, match="window"):
-        chat.invoke("x", max_tokens=9000)
-    with pytest.raises(ConfigError, match="OpenAI's form"):
-        chat.invoke("x", tools=[{"name": "f"}])
-    assert chat.profile["tool_calling"]
 
 
 def test_chat_messages_take_both_templates():

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import logging
-import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,28 +16,21 @@ from llama_index.core.base.response.schema import AsyncStreamingResponse, Stream
 from llama_index.core.chat_engine.types import BaseChatEngine
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.indices.base import BaseIndex
-from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
-from llama_index.core.query_engine import RetrieverQueryEngine, RouterQueryEngine, SubQuestionQueryEngine
-from llama_index.core.question_gen.types import BaseQuestionGenerator, SubQuestion
+from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers.base import BaseSynthesizer
 from llama_index.core.schema import ImageDocument, MetadataMode, NodeWithScore, TextNode
-from llama_index.core.selectors import LLMSingleSelector
-from llama_index.core.storage.docstore import SimpleDocumentStore
-from llama_index.core.tools import QueryEngineTool
 from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
 
 from focus_core.errors import ConfigError, StoreError
-from focus_core.store.database import Store
 from focus_core.store.memory import Memory
 from focus_integrations.llama_index import (
     FocusChatEngine,
     FocusLLM,
     FocusMemoryIndex,
-    FocusPrefill,
     FocusQueryEngine,
     FocusRetriever,
     FocusSynthesizer,
@@ -148,47 +137,6 @@ def test_progress_is_told(llm, capfd):
     assert "Reading" in capfd.readouterr().err
 
 
-def test_changes_touch_nothing_else(index, monkeypatch):
-    """insert and delete compute the new document only; what is left answers bit-equally."""
-    before, fingerprint = logits(index), index.memory.fingerprint
-    counts = encoded_chunks(monkeypatch)
-    index.insert(pages("zebra")[0])
-    added = sum(counts)
-    assert 0 < added <= len(index.ref_doc_info["zebra"].node_ids)  # equal text is computed once
-    assert not torch.equal(logits(index), before)
-    index.delete_ref_doc("zebra")
-    assert sum(counts) == added
-    assert torch.equal(logits(index), before)
-    assert index.memory.fingerprint == fingerprint
-    assert index.docstore.get_document_hash("zebra") is None
-
-
-def test_refresh_and_update_by_hash(index, monkeypatch):
-    """Unchanged documents compute nothing; changed and new ones are read; a deleted one comes back."""
-    counts = encoded_chunks(monkeypatch)
-    changed = Document(text="the dog ran. " * 9, doc_id="dog", metadata={"about": "dog"})
-    assert index.refresh_ref_docs([*pages("cat"), changed, *pages("zebra")]) == [False, True, True]
-    assert 0 < sum(counts) < len(index.memory)
-    held = {node.ref_doc_id: node for node in index.nodes}
-    assert set(held) == {*NAMES, "zebra"}
-    assert "ran" in held["dog"].text
-    assert len(index.nodes) == len(index.memory)
-    index.delete_ref_doc("cat")
-    assert index.refresh_ref_docs(pages("cat")) == [True]
-    index.update_ref_doc(Document(text="new", doc_id="cat"))
-    assert [node.text for node in index.nodes if node.ref_doc_id == "cat"] == ["new"]
-
-
-async def test_asynchronous_changes(index):
-    """ainsert, arefresh_ref_docs and adelete_ref_doc do what their namesakes do."""
-    before = index.memory.fingerprint
-    await index.ainsert(pages("zebra")[0])
-    assert "zebra" in index.ref_doc_info
-    assert await index.arefresh_ref_docs(pages("zebra")) == [False]
-    await index.adelete_ref_doc("zebra")
-    assert index.memory.fingerprint == before
-
-
 def test_unknown_documents_are_logged(index, caplog):
     """Deleting what is not there changes nothing."""
     before = index.memory.fingerprint
@@ -281,22 +229,6 @@ def test_what_is_not_an_index_is_refused(index, llm, make_engine, tmp_path):
             FocusMemoryIndex.load(broken, llm)
 
 
-def test_a_stopped_persist_is_noticed(index, llm, tmp_path, monkeypatch):
-    """Killed while chunk KV was written: refused; persisted again over the half-written folder: whole."""
-
-    def killed(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Store, "put_all", killed)
-        with pytest.raises(KeyboardInterrupt):
-            index.persist(tmp_path)
-    with pytest.raises(StoreError, match="was not written to its end"):
-        FocusMemoryIndex.load(tmp_path, llm)
-    index.persist(tmp_path)
-    assert torch.equal(logits(FocusMemoryIndex.load(tmp_path, llm)), logits(index))
-
-
 def test_foreign_files_stay(index, llm, tmp_path):
     """A file that is not the index's, anywhere in its folder, is neither read nor removed."""
     tmp_path.joinpath("notes.txt").write_text("mine")
@@ -320,30 +252,6 @@ def test_a_store_kept_elsewhere(index, llm, tmp_path):
     assert [node.node_id for node in loaded.nodes] == [node.node_id for node in made.nodes]
     index_store = json.loads((tmp_path / "index_store.json").read_text())
     assert len(index_store["index_store/data"]) == 1
-
-
-def test_prefill_in_a_pipeline_is_incremental(llm, tmp_path, monkeypatch):
-    """Ingested nodes cost an index nothing; with a document store only what is new or changed is computed."""
-    from focus_integrations.llama_index import FocusNodeParser
-
-    counts = encoded_chunks(monkeypatch)
-    pipeline = IngestionPipeline(
-        transformations=[
-            FocusNodeParser.from_defaults(llm=llm),
-            FocusPrefill(llm=llm, store=str(tmp_path), batch_tokens=99),
-        ],
-        docstore=SimpleDocumentStore(),
-        docstore_strategy=DocstoreStrategy.DUPLICATES_ONLY,
-    )
-    nodes = pipeline.run(documents=pages())
-    first = sum(counts)
-    assert first == len(Store(tmp_path)) == len(nodes)
-    index = FocusMemoryIndex(nodes, llm=llm, store=tmp_path)
-    assert sum(counts) == first
-    assert len(index.memory) == first
-    pipeline.run(documents=[*pages("cat", "hat"), Document(text="the dog ran.", doc_id="dog")])
-    assert sum(counts) == first + 1
-    assert torch.equal(logits(index), logits(FocusMemoryIndex.from_documents(pages(), llm=llm)))
 
 
 # -- asking -----------------------------------------------------------------------------------------------------
@@ -410,25 +318,6 @@ async def test_retrievers_rank_by_attention(index):
     assert {item.node.ref_doc_id for item in filtered} == {"cat"}
 
 
-def test_attribution_is_sent_as_an_event(index):
-    """Handlers get the sources without their text."""
-    seen = []
-
-    class Handler(BaseEventHandler):
-        def handle(self, event, **kwargs):
-            if event.class_name() == "FocusAttributionEvent":
-                seen.append(event)
-
-    get_dispatcher().add_event_handler(handler := Handler())
-    try:
-        found = index.as_query_engine().query("who sat?")
-    finally:
-        get_dispatcher().event_handlers.remove(handler)
-    assert seen[0].query == "who sat?"
-    assert seen[0].sources[0]["document_id"] == found.source_nodes[0].node_id
-    json.dumps(seen[0].sources)
-
-
 @pytest.mark.usefixtures("own_loop")
 def test_another_model_may_read_the_best_nodes(index):
     """An llm that is no FocusLLM gets the nodes that attention ranks first."""
@@ -476,53 +365,6 @@ async def test_synthesizers_take_texts_and_nothing(llm):
     assert str(plain.synthesize("who?", [])) == str(await plain.asynthesize("who?", [])) == "Empty Response"
     assert "".join(stream.synthesize("who?", []).response_gen) == "Empty Response"
     assert plain.get_prompts() == {}
-
-
-class Splitter(BaseQuestionGenerator):
-    """Asks each tool the whole question."""
-
-    def _get_prompts(self):
-        return {}
-
-    def _update_prompts(self, prompts):
-        pass
-
-    def generate(self, tools, query):
-        return [SubQuestion(sub_question=query.query_str, tool_name=tool.name) for tool in tools]
-
-    async def agenerate(self, tools, query):
-        return self.generate(tools, query)
-
-
-@pytest.mark.usefixtures("own_loop")
-def test_router_and_sub_questions(index, llm, engine, monkeypatch):
-    """Engines of LlamaIndex that route and split stand on ours; the router's choice is scripted by a grammar."""
-    from focus_core.model.constraints import regex
-
-    tools = [
-        QueryEngineTool.from_defaults(index.as_query_engine(doc_ids=[name]), name=name, description=name)
-        for name in ("cat", "dog")
-    ]
-    split = SubQuestionQueryEngine.from_defaults(
-        tools,
-        question_gen=Splitter(),
-        response_synthesizer=FocusSynthesizer(llm),
-        llm=llm,
-        use_async=False,
-        verbose=False,
-    )
-    found = split.query("who sat?")
-    assert str(found)
-    assert {item.node.ref_doc_id for item in found.source_nodes} >= {"cat", "dog"}
-    plain = engine.stream_ids
-    choice = iter([regex('\\[\\{"choice": 2, "reason": "x"\\}\\]')])
-    monkeypatch.setattr(
-        engine, "stream_ids", lambda *a, **k: plain(*a, **{**k, "constraint": next(choice, None), "max_tokens": 60})
-    )
-    router = RouterQueryEngine(
-        LLMSingleSelector.from_defaults(llm=llm), tools, llm=llm, summarizer=FocusSynthesizer(llm)
-    )
-    assert {item.node.ref_doc_id for item in router.query("who sat?").source_nodes} == {"dog"}
 
 
 # -- conversations ----------------------------------------------------------------------------------------------
@@ -580,24 +422,6 @@ def test_other_chat_modes_are_llamaindexs(index, own_loop):
 # -- another process --------------------------------------------------------------------------------------------
 
 
-def test_load_in_another_process(make_engine, tokenizer, tmp_path):
-    """A saved base, an index persisted here, loaded and asked there: the same answer."""
-    model = tiny_model("llama", window=1024)
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    settings = {"model": str(tmp_path / "base"), "adapter": "untrained", "chunk_size": 64, "max_tokens": 6}
-    index = FocusMemoryIndex.from_documents(pages(), llm=FocusLLM(**settings))
-    index.persist(tmp_path / "index")
-    expected = str(index.as_query_engine().query("who sat?"))
-    code = f"""
-from focus_integrations.llama_index import FocusLLM, FocusMemoryIndex
-index = FocusMemoryIndex.load({str(tmp_path / "index")!r}, FocusLLM(**{settings!r}))
-print(repr(str(index.as_query_engine().query("who sat?"))))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == repr(expected)
-
-
 @pytest.mark.filterwarnings("ignore:.*half a surrogate pair:UserWarning")
 async def test_half_an_emoji_in_a_document_or_a_question(llm):
     """It is read as U+FFFD with a warning, wherever documents and questions come in; the caller's stay as they are."""
@@ -618,16 +442,6 @@ async def test_half_an_emoji_in_a_document_or_a_question(llm):
     with pytest.warns(UserWarning, match="a text holds half a surrogate pair"):
         said = llm.complete("who \ud83d?").text
     assert said == llm.complete("who \ufffd?").text
-
-
-def test_indexes_are_persisted_and_not_pickled(index):
-    """One clear error for an index and for what stands on it; a shallow copy is the same index."""
-    engines = (index.as_query_engine(), index.as_retriever(), index.as_chat_engine())
-    for item in (index, *engines):
-        for carry in (pickle.dumps, copy.deepcopy):
-            with pytest.raises(ConfigError, match="persist it to a folder"):
-                carry(item)
-    assert str(copy.copy(index).as_query_engine().query("who?")) == str(index.as_query_engine().query("who?"))
 
 
 def test_a_memory_of_another_engine_is_refused(index, make_engine):

@@ -21,7 +21,6 @@ from focus_core.errors import (
     AdapterError,
     ConfigError,
     CorpusError,
-    DocumentNotFoundError,
     EmptyCorpusError,
     UnsupportedModelError,
 )
@@ -31,12 +30,11 @@ from focus_core.model.hub import LoadedBase, fingerprint, load_adapter, read_inf
 from focus_core.training.adapter import train_adapter
 from focus_core.training.checkpoint import cut_log
 from focus_core.training.loop import StepReport
-from focus_core.training.plot import plot_loss
 from focus_core.training.processes import Processes
 from focus_core.training.speed import Speed
 from focus_core.training.stopping import StopOnSignal
 from focus_core.training.texts import read_training_texts
-from tests.conftest import byte_level_tokenizer, tiny_model
+from tests.conftest import tiny_model
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -382,28 +380,6 @@ def test_a_second_signal_interrupts_at_once():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_train_shows_losses_and_draws_them(command, tmp_path):
-    """The command tells held-out losses and where picture, best and last adapter are; plot-loss draws again."""
-    code, err = command("--steps", 2, "--eval-every", 1, "--dtype", "float32", "--compact")
-    assert code == 0, err
-    assert "step 1: held-out loss" in err
-    assert "lowest held-out loss" in err
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert plot_loss(tmp_path / "run", tmp_path / "other.png", by="tokens").stat().st_size > 5000
-    with pytest.raises(ConfigError, match="by step or by tokens; got 'hour'"):
-        plot_loss(tmp_path / "run", by="hour")
-    with pytest.raises(DocumentNotFoundError, match="no training log"):
-        plot_loss(tmp_path)
-    assert command("--steps", 2, "--dtype", "int4")[0] == 2
-    code, err = command("--output", tmp_path / "none", "--max-minutes", 0)
-    assert code == 0
-    assert "no plot" in err
-    assert "stopped after step 0" in err
-    assert command("--config", tmp_path / "none.json")[0] == 2
-    with pytest.raises(AdapterError, match="other settings"):
-        _train(byte_level_tokenizer(), tmp_path / "book.txt", tmp_path / "run", steps=2)
 
 
 def test_any_setting_can_be_set_and_tokens_bound_the_run(command, tmp_path):
