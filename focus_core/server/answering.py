@@ -139,7 +139,7 @@ class Answering:
         nbytes = await asyncio.to_thread(self._suffix_bytes, caller, job)
         client = f"{caller.name}\0{job.user}"
         started = time.monotonic()
-        with self.metrics.request():
+        with self.metrics.request() as done:
             try:
                 async with asyncio.timeout(self.seconds), self.admission.admitted(client, nbytes):
                     self.metrics.waited(time.monotonic() - started)
@@ -147,6 +147,7 @@ class Answering:
                     async with aclosing(pieces):  # type: ignore[type-var]
                         async for piece in pieces:
                             if isinstance(piece, Finished):
+                                done()  # whoever has this much may close the iterator
                                 self.metrics.answered(piece)
                             yield piece
             except TimeoutError as error:

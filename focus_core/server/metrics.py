@@ -31,12 +31,16 @@ class Metrics:
         Gauge(f"focusllm_{name}", what, registry=self.registry).set_function(value)
 
     @contextmanager
-    def request(self) -> Iterator[None]:
-        """Count one request, done or failed."""
+    def request(self) -> Iterator[Callable[[], None]]:
+        """Count one request: done if what this gives is called, else failed."""
         outcome = "failed"
-        try:
-            yield
+
+        def done() -> None:
+            nonlocal outcome
             outcome = "done"
+
+        try:
+            yield done
         finally:
             self._requests.labels(outcome).inc()
 

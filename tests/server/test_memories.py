@@ -196,7 +196,10 @@ def test_scopes_say_what_a_key_may_do(two_tenants) -> None:
         assert eve.post("/v1/memories", json={"name": "x"}).status_code == 403
         assert eve.get("/metrics").status_code == 403
     with running.client(keys["root"]) as root:
-        assert "focusllm_answers_running" in root.get("/metrics").text
+        before = root.get("/metrics").text
+        assert _ask(root, running).status_code == 200
+        assert 'focusllm_answers_total{outcome="done"} 1.0' not in before
+        assert 'focusllm_answers_total{outcome="done"} 1.0' in root.get("/metrics").text
     header = {"x-api-key": keys["eve"]}
     assert httpx.get(f"{running.url}/v1/models", headers=header).status_code == 200
 
