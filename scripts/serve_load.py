@@ -147,7 +147,7 @@ async def main() -> None:
             bodies = [different[0]] * 32
             _, seconds = await _together(client, bodies, many)
             report["answers_per_second_at_once"][many] = round(len(bodies) / seconds, 3)
-    print(json.dumps(report, indent=1))
+            print(json.dumps(report, indent=1), flush=True)  # a run that is cut off has said what it knew
 
 
 if __name__ == "__main__":
