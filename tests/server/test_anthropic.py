@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator
 
 import anthropic
 import pytest
@@ -23,8 +24,9 @@ ADD = {
 
 
 @pytest.fixture
-def client(scripted: Running) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=scripted.url, api_key="none", max_retries=0)
+def client(scripted: Running) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=scripted.url, api_key="none", max_retries=0) as made:
+        yield made
 
 
 def test_a_message_is_answered(client: anthropic.Anthropic, scripted: Running) -> None:

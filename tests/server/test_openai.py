@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Iterator
 
 import httpx
 import openai
@@ -29,13 +30,15 @@ WHO = [{"role": "user", "content": "who signed the lease"}]
 
 
 @pytest.fixture
-def client(scripted: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{scripted.url}/v1", api_key="none", max_retries=0)
+def client(scripted: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{scripted.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
 
 
 @pytest.fixture
-def endless_client(endless: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{endless.url}/v1", api_key="none", max_retries=0)
+def endless_client(endless: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{endless.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
 
 
 def test_models_can_be_used_by_their_id(client: openai.OpenAI, scripted: Running) -> None:
