@@ -31,16 +31,6 @@ def pages(*names):
 
 
 @pytest.fixture
-def engine(make_engine):
-    return make_engine(model=tiny_model("llama", window=1024), window=1024, chunk_size=64)
-
-
-@pytest.fixture
-def llm(engine):
-    return FocusLLM(engine=engine, max_tokens=6)
-
-
-@pytest.fixture
 def index(llm):
     return FocusMemoryIndex.from_documents(pages(*NAMES), llm=llm)
 

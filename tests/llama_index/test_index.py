@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import shutil
@@ -35,7 +34,6 @@ from focus_integrations.llama_index import (
     FocusRetriever,
     FocusSynthesizer,
 )
-from tests.conftest import tiny_model
 
 NAMES = ("cat", "dog", "hat", "mat")
 
@@ -49,28 +47,8 @@ def pages(*names, **metadata):
 
 
 @pytest.fixture
-def engine(make_engine):
-    return make_engine(model=tiny_model("llama", window=1024), window=1024, chunk_size=64)
-
-
-@pytest.fixture
-def llm(engine):
-    return FocusLLM(engine=engine, max_tokens=6)
-
-
-@pytest.fixture
 def index(llm):
     return FocusMemoryIndex.from_documents(pages(), llm=llm)
-
-
-@pytest.fixture
-def own_loop():
-    """LlamaIndex's asyncio_run leaves an event loop open in code that is not asynchronous; this one is closed."""
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    yield loop
-    loop.close()
-    asyncio.set_event_loop(None)
 
 
 def logits(index: FocusMemoryIndex) -> torch.Tensor:

@@ -21,11 +21,8 @@ from tests.conftest import tiny_model
 from tests.llama_index.test_index import (
     NAMES,
     encoded_chunks,
-    engine,  # noqa: F401
     index,  # noqa: F401
-    llm,  # noqa: F401
     logits,
-    own_loop,  # noqa: F401
     pages,
 )
 

@@ -24,11 +24,8 @@ from focus_integrations.llama_index import (
 )
 from tests.llama_index.test_index import (
     encoded_chunks,
-    engine,  # noqa: F401
     index,  # noqa: F401
-    llm,  # noqa: F401
     logits,
-    own_loop,  # noqa: F401
     pages,
 )
 
