@@ -75,7 +75,9 @@ class Memories:
     def list(self, tenant: str) -> list[tuple[CollectionInfo, Keeping]]:
         """Return the tenant's memories by name; those whose time is over are dropped first."""
         self._drop_old(tenant)
-        return [(info, self._keeping(tenant, info)) for info in self._store(tenant).collections()]
+        kept = self._kept(tenant)
+        found = self._store(tenant).collections()
+        return [(info, kept.get(info.name, Keeping(False, None, info.changed, info.changed))) for info in found]
 
     def require(self, tenant: str, name: str) -> tuple[CollectionInfo, Keeping]:
         """Return one memory; raises :class:`ApiError` (404) where the tenant has none of that name."""
@@ -217,7 +219,8 @@ class Memories:
             return memory
 
     def _close_some(self) -> None:
-        loose = [key for key in self._open if not self._is_pinned(*key)]
+        pinned = {tenant: self._kept(tenant) for tenant in {tenant for tenant, _ in self._open}}
+        loose = [key for key in self._open if key[1] not in pinned[key[0]] or not pinned[key[0]][key[1]].pinned]
         for key in loose[: max(0, len(loose) - _OPEN)]:
             del self._open[key]
 
@@ -246,17 +249,10 @@ class Memories:
         finally:
             connection.close()
 
-    def _keeping(self, tenant: str, info: CollectionInfo) -> Keeping:
+    def _kept(self, tenant: str) -> dict[str, Keeping]:
         with self._table() as table:
-            row = table.execute(
-                "SELECT pinned, ttl, created, used FROM keeping WHERE tenant = ? AND name = ?", (tenant, info.name)
-            ).fetchone()
-        return Keeping(False, None, info.changed, info.changed) if row is None else Keeping(bool(row[0]), *row[1:])
-
-    def _is_pinned(self, tenant: str, name: str) -> bool:
-        with self._table() as table:
-            row = table.execute("SELECT pinned FROM keeping WHERE tenant = ? AND name = ?", (tenant, name)).fetchone()
-        return row is not None and bool(row[0])
+            rows = table.execute("SELECT name, pinned, ttl, created, used FROM keeping WHERE tenant = ?", (tenant,))
+            return {name: Keeping(bool(pinned), *rest) for name, pinned, *rest in rows}
 
     def _keep(self, tenant: str, name: str, keeping: Keeping) -> None:
         values = (tenant, name, int(keeping.pinned), keeping.ttl, keeping.created, keeping.used)
