@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,15 @@ def serve(
     from focus_core.server.settings import ServerSettings
     from focus_core.store.places import own_store
 
+    class Server(uvicorn.Server):
+        """Says where it listens when it does."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            for address in [one.getsockname() for server in self.servers for one in server.sockets][:1]:
+                shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+                note.print(f"memories in {settings.store}; http://{shown}:{address[1]}/", markup=False)
+
     settings = ServerSettings(
         store=store or own_store(),
         host=host,
@@ -53,7 +63,6 @@ def serve(
         grace=grace,
     )
     engine = open_engine(base, adapter, chunk_size, device)
-    note.print(f"memories in {settings.store}; http://{host}:{port}/", markup=False)
     config = uvicorn.Config(
         create_app(engine, settings),
         host=host,
@@ -63,7 +72,7 @@ def serve(
         timeout_graceful_shutdown=int(settings.grace) + 5,
         server_header=False,
     )
-    uvicorn.Server(config).run()
+    Server(config).run()
 
 
 @app.command("serve-key")
