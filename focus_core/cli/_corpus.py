@@ -161,6 +161,8 @@ def verify(
 
     place = _existing(name, memory) if name is not None else Place(memory or own_store())
     store = place.open(read_only=not repair)
+    if repair:
+        store.mend()
     names = [info.name for info in store.collections()] if name is None else [place.name]
     contents = {one: store.read(one) for one in names}
     if repair:

@@ -17,12 +17,14 @@ from urllib.parse import quote
 from filelock import FileLock, Timeout
 
 from focus_core.errors import StoreError
+from focus_core.store.segments import MEND
 
 FORMAT = 2
 """Of the folder: 1 was documents.jsonl, memory.json and kv/index.sqlite."""
 
 BUSY_SECONDS = 60.0
 
+_IS_KEY = "length(key) = 64 AND key NOT GLOB '*[^0-9a-f]*'"
 _TABLES = (
     "CREATE TABLE tenants (name TEXT PRIMARY KEY, salt BLOB NOT NULL)",
     "CREATE TABLE collections (id INTEGER PRIMARY KEY, tenant TEXT NOT NULL, name TEXT NOT NULL, facts TEXT NOT NULL,"
@@ -32,7 +34,7 @@ _TABLES = (
     " ON DELETE CASCADE, name BLOB NOT NULL, position INTEGER NOT NULL, text BLOB NOT NULL, metadata TEXT NOT NULL,"
     " source TEXT NOT NULL, text_sum BLOB NOT NULL, checksum BLOB NOT NULL, UNIQUE (collection, name),"
     " UNIQUE (collection, position))",
-    "CREATE TABLE segments (key TEXT PRIMARY KEY CHECK (length(key) = 64 AND key NOT GLOB '*[^0-9a-f]*'),"
+    f"CREATE TABLE segments (key TEXT PRIMARY KEY CHECK ({_IS_KEY}),"
     " size INTEGER NOT NULL, nbytes INTEGER NOT NULL, tensors TEXT NOT NULL, touched REAL NOT NULL)",
     "CREATE TABLE chunks (id INTEGER PRIMARY KEY, collection INTEGER NOT NULL REFERENCES collections (id)"
     " ON DELETE CASCADE, key TEXT NOT NULL REFERENCES segments (key), ids BLOB NOT NULL, checksum BLOB NOT NULL)",
@@ -104,6 +106,39 @@ class Catalogue:
             self._check(index)
             with _transaction(index):
                 yield index
+
+    def check(self) -> None:
+        """Read every page and compare tables with their indexes; raises ``StoreError`` where they differ."""
+        with self._connected(f"file:{quote(str(self.path.absolute()))}?mode=ro") as index:
+            found = index.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if found != "ok":
+            raise StoreError(f"the catalogue of {self.path.parent} is damaged ({found}); {MEND}")
+
+    def mend(self) -> None:
+        """Make damaged indexes anew from their tables, and leave one row a segment where they let two in.
+
+        What a chunk refers to may be lost by it, and is computed again by whoever repairs the collections.
+
+        Raises:
+            StoreError: the tables themselves are damaged.
+        """
+        try:
+            self.check()
+            return
+        except StoreError:  # what cannot be mended is raised by the second look
+            pass
+        with self._connected(f"file:{quote(str(self.path.absolute()))}?mode=rw") as index:
+            self._check(index)
+            index.execute("PRAGMA foreign_keys = OFF")  # so that a table is emptied without a look at its indexes
+            with _transaction(index):
+                index.execute(
+                    "CREATE TEMP TABLE held AS SELECT * FROM segments NOT INDEXED WHERE rowid IN"
+                    " (SELECT MAX(rowid) FROM segments NOT INDEXED GROUP BY key)"
+                )
+                index.execute("DELETE FROM segments")
+                index.execute(f"INSERT INTO segments SELECT * FROM held WHERE {_IS_KEY}")
+                index.execute("REINDEX")
+        self.check()
 
     @contextmanager
     def _connected(self, name: str) -> Iterator[sqlite3.Connection]:

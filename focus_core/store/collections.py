@@ -264,7 +264,8 @@ def touch(index: sqlite3.Connection, keys: Iterable[str]) -> None:
 def _rows(
     index: sqlite3.Connection, tenant: str, name: str, facts: Mapping[str, Any], config: Mapping[str, Any]
 ) -> _Rows:
-    row = index.execute("SELECT id, facts FROM collections WHERE tenant = ? AND name = ?", (tenant, name)).fetchone()
+    query = "SELECT id, facts, digest FROM collections WHERE tenant = ? AND name = ?"
+    row = index.execute(query, (tenant, name)).fetchone()
     written = json.dumps(dict(facts), sort_keys=True)
     if row is None:
         cursor = index.execute(
@@ -272,6 +273,8 @@ def _rows(
             (tenant, name, written, json.dumps(dict(config)), b""),
         )
         return _Rows(int(cursor.lastrowid or 0))
+    if _digest(index, row[0]) != row[2]:  # else the change would be signed with the damage
+        raise damaged(name, "the hash over its rows differs: a row is lost or changed")
     if json.loads(row[1]) != json.loads(written):
         raise StoreError(
             f"collection {name!r} was made by another model or settings; index into another collection, or remove "

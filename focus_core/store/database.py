@@ -39,7 +39,7 @@ from focus_core.store.collections import (
 )
 from focus_core.store.filters import select_documents
 from focus_core.store.migration import migrate
-from focus_core.store.segments import SegmentFacts, Segments, StagedSegment, Tensors
+from focus_core.store.segments import MEND, SegmentFacts, Segments, StagedSegment, Tensors
 from focus_core.store.tiers import StoredChunk
 from focus_core.text.corpus import Document
 
@@ -151,7 +151,7 @@ class Store:
         with self.catalogue.reading() as index:
             facts = _facts(index, address)
         if facts is None:
-            raise StoreError(f"no chunk {address[:12]} in {self.folder}; index the documents again")
+            raise _lost(address, self.folder)
         return self.segments.read(address, facts)
 
     def stored(self, keys: Iterable[str]) -> list[StoredChunk]:
@@ -165,7 +165,7 @@ class Store:
             for address in map(self.address, keys):
                 facts = _facts(index, address)
                 if facts is None:
-                    raise StoreError(f"no chunk {address[:12]} in {self.folder}; index the documents again")
+                    raise _lost(address, self.folder)
                 found.append(StoredChunk(self.segments, address, facts))
         return found
 
@@ -186,7 +186,12 @@ class Store:
             change.stage({self.address(key): tensors for key, tensors in items.items()})
 
     def verify(self) -> list[str]:
-        """Return the addresses of damaged or missing chunks, after reading every byte."""
+        """Return the addresses of damaged or missing chunks, after reading every byte.
+
+        Raises:
+            StoreError: the catalogue itself is damaged.
+        """
+        self.catalogue.check()
         with self.catalogue.reading() as index:
             facts = {key: _facts(index, key) for (key,) in index.execute("SELECT key FROM segments ORDER BY key")}
         bad = []
@@ -196,6 +201,22 @@ class Store:
             except StoreError:
                 bad.append(key)
         return bad
+
+    def mend(self) -> None:
+        """Make damaged indexes of the catalogue anew, and forget damaged chunk KV that no collection refers to.
+
+        What a collection refers to is computed again by :func:`~focus_core.store.indexing.repair_collection`.
+
+        Raises:
+            StoreError: the tables of the catalogue are damaged.
+        """
+        self._refuse_if_read_only()
+        self.catalogue.mend()
+        bad = self.verify()
+        with self.catalogue.writing() as index:
+            index.executemany(
+                "DELETE FROM segments WHERE key = ? AND key NOT IN (SELECT key FROM chunks)", [(key,) for key in bad]
+            )
 
     def prune(self, older_than: float = PRUNE_AGE) -> int:
         """Delete chunk KV that no collection refers to and nothing has used for ``older_than`` seconds.
@@ -266,7 +287,7 @@ class Store:
         if not _NAME.fullmatch(name):
             raise ConfigError(f"a collection's name is letters, digits, '.', '-' and '_', at most 100; got {name!r}")
         self._refuse_if_read_only()
-        with self.catalogue.writing() as index:
+        with self._odd(), self.catalogue.writing() as index:
             return commit_change(index, self.tenant, name, facts, config, change)
 
     def remove(self, name: str, ids: Collection[str]) -> CollectionInfo:
@@ -319,9 +340,14 @@ class Store:
 
     @contextmanager
     def _rows(self) -> Iterator[sqlite3.Connection]:
+        with self._odd(), self.catalogue.reading() as index:
+            yield index
+
+    @contextmanager
+    def _odd(self) -> Iterator[None]:
+        """Say of rows that cannot be what was written that the catalogue is damaged."""
         try:
-            with self.catalogue.reading() as index:
-                yield index
+            yield
         except FocusError:
             raise
         except _ODD as error:
@@ -366,11 +392,16 @@ def _row(item: StagedSegment) -> tuple[str, int, int, str, float]:
     return item.key, item.facts.size, item.facts.nbytes, item.facts.to_json(), time.time()
 
 
+def _lost(address: str, folder: Path) -> StoreError:
+    return StoreError(f"no chunk {address[:12]} in {folder}; {MEND}")
+
+
 def _facts(index: sqlite3.Connection, key: str) -> SegmentFacts | None:
-    row = index.execute("SELECT size, nbytes, tensors FROM segments WHERE key = ?", (key,)).fetchone()
+    query = "SELECT size, nbytes, CAST(tensors AS BLOB) FROM segments WHERE key = ?"
+    row = index.execute(query, (key,)).fetchone()
     if row is None:
         return None
     try:
-        return SegmentFacts(row[0], row[1], json.loads(row[2]))
+        return SegmentFacts(row[0], row[1], dict(json.loads(row[2])))
     except (ValueError, TypeError, RecursionError):
         return SegmentFacts(0, 0, {})  # equal to no segment, so reading says that it is damaged

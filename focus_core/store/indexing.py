@@ -69,9 +69,12 @@ def index_documents(
 def repair_collection(store: Store, name: str, encoder: ChunkEncoder, check: Check = lambda: None) -> int:
     """Compute chunk KV of a collection that is damaged or lost again, and return how many chunks that were.
 
+    Indexes of the catalogue that are damaged are made anew first.
+
     Raises:
         StoreError: the collection's rows are damaged, or it was made by another model.
     """
+    store.mend()
     bad = {}
     for key, chunk in checked_contents(store, name, encoder).chunks:
         try:

@@ -38,8 +38,10 @@ Tensors = Mapping[str, Tensor]
 """Chunk KV of one chunk: named tensors, (layers, ...) each."""
 
 _KEY = re.compile(r"[0-9a-f]{64}")
+MEND = "mend it with `focusllm verify --repair`"
+"""What a message says where chunk KV, or an index of the catalogue, can be made anew."""
+
 _STALE = 24 * 3600.0
-_MEND = "mend it with `focusllm verify --repair`"
 _numbers = itertools.count()
 
 
@@ -143,13 +145,14 @@ class Segments:
         try:
             data = self._bytes(self.path(key))
         except OSError as error:
-            raise StoreError(f"chunk {key[:12]} of {self.folder} cannot be read ({error}); {_MEND}") from error
+            raise StoreError(f"chunk {key[:12]} of {self.folder} cannot be read ({error}); {MEND}") from error
         try:
             tensors = load(data)
         except (SafetensorError, ValueError, KeyError) as error:
-            raise StoreError(f"chunk {key[:12]} of {self.folder} is damaged ({error}); {_MEND}") from error
-        if {name: describe(tensor) for name, tensor in tensors.items()} != facts.tensors:
-            raise StoreError(f"chunk {key[:12]} of {self.folder} is damaged (checksum differs); {_MEND}")
+            raise StoreError(f"chunk {key[:12]} of {self.folder} is damaged ({error}); {MEND}") from error
+        same = {name: describe(tensor) for name, tensor in tensors.items()} == facts.tensors
+        if not same or len(data) != facts.size:
+            raise StoreError(f"chunk {key[:12]} of {self.folder} is damaged (checksum differs); {MEND}")
         return tensors
 
     def read_layer(self, key: str, facts: SegmentFacts, layer: int) -> dict[str, Tensor]:
@@ -165,10 +168,11 @@ class Segments:
             with safe_open(self.path(key), framework="pt") as file:
                 found = {name: file.get_slice(name)[layer].contiguous() for name in facts.tensors}
             sums = {name: describe(tensor.unsqueeze(0))["sums"][0] for name, tensor in found.items()}
-        except (OSError, SafetensorError, ValueError, KeyError, IndexError) as error:
-            raise StoreError(f"chunk {key[:12]} of {self.folder} cannot be read ({error}); {_MEND}") from error
-        if any(sums[name] != facts.tensors[name]["sums"][layer] for name in sums):
-            raise StoreError(f"chunk {key[:12]} of {self.folder} is damaged (checksum differs); {_MEND}")
+            same = all(sums[name] == facts.tensors[name]["sums"][layer] for name in sums)
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, IndexError) as error:
+            raise StoreError(f"chunk {key[:12]} of {self.folder} cannot be read ({error}); {MEND}") from error
+        if not same:
+            raise StoreError(f"chunk {key[:12]} of {self.folder} is damaged (checksum differs); {MEND}")
         return found
 
     def delete(self, key: str) -> None:
