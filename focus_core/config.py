@@ -110,6 +110,10 @@ class FocusConfig(_Json):
                 f"{int(self.sink)} - candidate 1); got {self.chunk_size}"
             )
 
+    def of_answers(self) -> dict[str, Any]:
+        """Return the settings that an answer depends on: all but where chunk KV lies while it is read."""
+        return {name: value for name, value in self.to_dict().items() if name != "memory_budget"}
+
     @property
     def largest_chunk(self) -> int:
         """Most tokens a chunk may have so that its row never exceeds the window."""

@@ -151,6 +151,13 @@ class FocusEngine:
             attached.detach()
             raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be pickled or copied, alone or inside something else."""
+        raise ConfigError(
+            "an engine lives in one process and cannot be pickled or copied; make one where it is needed "
+            "(FocusEngine.from_pretrained), and share documents through a saved memory"
+        )
+
     def close(self) -> None:
         """Detach the adapter: the base is as it was before."""
         self.adapter.detach()

@@ -116,7 +116,7 @@ def show(name: Collection, memory: Folder = None, as_json: AsJson = False) -> No
     """Show what a collection was made with, and its documents."""
     place = _existing(name, memory)
     store = place.open()
-    info = next(item for item in store.collections() if item.name == place.name)
+    info = store.counted(place.name)
     documents = store.listing(place.name)
     if as_json:
         rows = [{"id": one.id, "metadata": one.metadata, "source": one.source} for one in documents.values()]

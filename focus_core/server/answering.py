@@ -116,7 +116,7 @@ class Answering:
             ApiError: a memory is not there.
         """
         for name in job.memories:
-            self.memories.require(caller.tenant, name)
+            self.memories.check(caller.tenant, name)
         texts = job.texts
         if sum(map(len, texts)) > 16 * self.prompt_tokens:
             count = self.prompt_tokens + 1

@@ -81,26 +81,33 @@ class Memories:
 
     def require(self, tenant: str, name: str) -> tuple[CollectionInfo, Keeping]:
         """Return one memory; raises :class:`ApiError` (404) where the tenant has none of that name."""
-        for info, keeping in self.list(tenant):
-            if info.name == name:
-                return info, keeping
-        raise ApiError(
-            404, f"there is no memory {name!r}; GET /v1/memories lists them", param="memories", code="memory_not_found"
-        )
+        self.check(tenant, name)
+        info = self._store(tenant).counted(name)
+        return info, self._kept(tenant).get(name, Keeping(False, None, info.changed, info.changed))
+
+    def check(self, tenant: str, name: str) -> None:
+        """Raise :class:`ApiError` (404) where the tenant has no memory of that name, or its time is over."""
+        self._drop_old(tenant)
+        if not self._store(tenant).has(name):
+            raise ApiError(
+                404,
+                f"there is no memory {name!r}; GET /v1/memories lists them",
+                param="memories",
+                code="memory_not_found",
+            )
 
     def chunks(self, tenant: str, names: Sequence[str]) -> int:
         """Return the chunks of some memories."""
-        wanted = set(names)
-        return sum(info.chunks for info in self._store(tenant).collections() if info.name in wanted)
+        return sum(self._store(tenant).counted(name).chunks for name in set(names))
 
     def documents(self, tenant: str, name: str) -> dict[str, Document]:
         """Return a memory's documents, texts left out."""
-        self.require(tenant, name)
+        self.check(tenant, name)
         return self._store(tenant).listing(name)
 
     def document(self, tenant: str, name: str, key: str) -> Document:
         """Return one document; raises :class:`ApiError` (404) where it is not there."""
-        self.require(tenant, name)
+        self.check(tenant, name)
         if key not in self._store(tenant).listing(name):
             raise ApiError(
                 404, f"there is no document {key!r} in memory {name!r}", param="document", code="document_not_found"
@@ -113,7 +120,7 @@ class Memories:
         """Make an empty memory; raises :class:`ApiError` (409) where there is one of that name."""
         store = self._store(tenant)
         with self._one_change(tenant, name):
-            if store.find(name) is not None:
+            if store.has(name):
                 raise ApiError(409, f"there is a memory {name!r} already", param="name", code="memory_exists")
             self.engine.remember([]).save(store, name=name)
             now = time.time()
@@ -150,7 +157,7 @@ class Memories:
             progress: called with tokens done and to do.
             check: raises to cancel; the memory is as before then.
         """
-        self.require(tenant, name)
+        self.check(tenant, name)
         with self._one_change(tenant, name):
             memory = Memory.load(self._store(tenant), self.engine.encoder, name=name)
             missing = [key for key in remove if key not in memory]
@@ -168,7 +175,7 @@ class Memories:
 
     def drop(self, tenant: str, name: str) -> None:
         """Remove a memory; its chunk KV goes when nothing has used it for a day."""
-        self.require(tenant, name)
+        self.check(tenant, name)
         with self._one_change(tenant, name):
             self._store(tenant).drop(name)
             self._forget(tenant, name)
@@ -206,7 +213,7 @@ class Memories:
         return memory
 
     def _opened(self, tenant: str, name: str) -> Memory:
-        self.require(tenant, name)
+        self.check(tenant, name)
         with self._lock:
             memory = self._open.get((tenant, name))
             if memory is not None:
@@ -277,7 +284,7 @@ class Memories:
                 (tenant, time.time()),
             ).fetchall()
         for (name,) in rows:
-            if self._store(tenant).find(name) is not None:
+            if self._store(tenant).has(name):
                 self._store(tenant).drop(name)
             self._forget(tenant, name)
 

@@ -161,7 +161,7 @@ def memories_router(memories: Memories, indexer: Indexer, document_bytes: int) -
         return await _begin(caller, name, [await _file(file, document_bytes) for file in files])
 
     async def _begin(caller: Caller, name: str, found: Sequence[Document]) -> dict[str, Any]:
-        await asyncio.to_thread(memories.require, caller.tenant, name)
+        await asyncio.to_thread(memories.check, caller.tenant, name)
         for document in found:
             if len(document.text) > document_bytes:
                 raise ApiError(

@@ -75,7 +75,7 @@ def index_paths(
     found = read_documents(paths, skipped=leave_out, strict=strict, held=_converted_before(place))
     documents = {one.id: one for one in found if one.text.strip()}
     store = place.open(read_only=False)
-    known = store.listing(place.name) if store.find(place.name) is not None else {}
+    known = store.listing(place.name) if store.has(place.name) else {}
     sources = {name: known[name].metadata.get("source") for name in known if name not in documents}
     vanished = [name for name, source in sources.items() if _belongs(source, paths) and not _belongs(source, left_out)]
     if not documents and not (sync and vanished):
@@ -125,7 +125,7 @@ def _converted_before(place: Place) -> Held:
     """Return what finds the text that a file of the same bytes was converted to, if it is in the collection."""
     try:
         store = place.open(read_only=True)
-        known = store.listing(place.name) if store.find(place.name) is not None else {}
+        known = store.listing(place.name) if store.has(place.name) else {}
     except (StoreError, OSError):  # there is none yet; if it is damaged, opening it to write says so
         known = {}
 

@@ -91,7 +91,7 @@ def kept_ids(documents: Iterable[Document], wanted: MemoryFilter) -> list[str]:
     """
     documents = list(documents)
     if callable(wanted):
-        return [document.id for document in documents if wanted(document)]
+        return [one.id for one in documents if wanted(replace(one, metadata=_copied(one.metadata)))]
     if isinstance(wanted, Mapping):
         items, absent = wanted.items(), object()
         return [one.id for one in documents if all(one.metadata.get(key, absent) == value for key, value in items)]

@@ -100,7 +100,7 @@ def engine_fingerprint(engine: FocusEngine) -> str:
         known = _fingerprints.get(engine.adapter)
         if known is None:
             known = _fingerprints[engine.adapter] = f"{engine.loaded.fingerprint}-{engine.adapter_fingerprint}"
-    info = {**engine.info.to_dict(), "trained": None, "focus": engine.config.to_dict()}
+    info = {**engine.info.to_dict(), "trained": None, "focus": engine.config.of_answers()}
     return f"{known}-{engine.base.dtype}-{canonical(info)}"
 
 
@@ -117,7 +117,8 @@ def shared_memory(engine: FocusEngine, place: str | Path | Place, check: Callabl
     """
     found = find_place(place)
     digest = found.open().collection(found.name).digest
-    key = (id(engine.base), engine_fingerprint(engine), found.folder.resolve(), found.name, found.tenant, digest)
+    own = (id(engine.base), engine_fingerprint(engine), engine.config.memory_budget)
+    key = (*own, found.folder.resolve(), found.name, found.tenant, digest)
     with _turns.of(("memory", *key), check):
         memory = _memories.get(key)
         if memory is None:
@@ -271,8 +272,13 @@ class MemoryHolder:
     def _base(
         self, engine: FocusEngine, memory: Memory | str | Path | Place | None, check: Callable[[], None]
     ) -> Memory | None:
-        if not isinstance(memory, (str, Path, Place)):
+        if memory is None or isinstance(memory, Memory):
             return memory.snapshot() if memory is not None else None
+        if not isinstance(memory, (str, Path, Place)):
+            raise ConfigError(
+                "memory must be made by FocusEngine.remember, or be the name or folder of a saved one; got "
+                f"{type(memory).__name__}"
+            )
         saved = shared_memory(engine, memory, check)
         with self._lock:
             self._saved[str(memory)] = saved  # read again only when it changed

@@ -152,7 +152,7 @@ class LongMemory:
         if self.folder is None:
             return self.engine.remember([])
         store = Store(self.folder)
-        if store.find(DEFAULT_NAME) is not None:
+        if store.has(DEFAULT_NAME):
             return self.engine.load_memory(self.folder, name=DEFAULT_NAME)
         memory = self.engine.remember([])
         memory.save(store)

@@ -26,7 +26,7 @@ class CorpusSettings(BaseModel):
     documents: Any = None
     """What every call reads: a path, texts, the framework's documents, or several of them."""
     memory_path: str | None = None
-    """Folder of a saved memory that every call reads."""
+    """Folder or name of a saved memory that every call reads."""
     chunk_size: int | None = None
     """Most tokens of a chunk; the adapter's if not given."""
     device: str | None = None

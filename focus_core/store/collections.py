@@ -12,7 +12,7 @@ import sqlite3
 import time
 from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from focus_core.errors import ConfigError, StoreError
@@ -98,7 +98,23 @@ def row_sum(document: Document) -> bytes:
 def list_collections(index: sqlite3.Connection, tenant: str) -> list[CollectionInfo]:
     """Return a tenant's collections by name."""
     names = index.execute("SELECT name FROM collections WHERE tenant = ? ORDER BY name", (tenant,)).fetchall()
-    return [_counted(index, tenant, name) for (name,) in names]
+    return [count_collection(index, tenant, name) for (name,) in names]
+
+
+def has_collection(index: sqlite3.Connection, tenant: str, name: str) -> bool:
+    """Whether a tenant has a collection of this name."""
+    query = "SELECT 1 FROM collections WHERE tenant = ? AND name = ?"
+    return index.execute(query, (tenant, name)).fetchone() is not None
+
+
+def count_collection(index: sqlite3.Connection, tenant: str, name: str) -> CollectionInfo:
+    """Return a collection's facts and counts; raises ``StoreError`` where there is none."""
+    number, info = find_collection(index, tenant, name)
+    documents = index.execute("SELECT COUNT(*) FROM documents WHERE collection = ?", (number,)).fetchone()[0]
+    chunks = index.execute("SELECT COUNT(*) FROM chunks WHERE collection = ?", (number,)).fetchone()[0]
+    query = "SELECT COALESCE(SUM(nbytes), 0) FROM segments WHERE key IN (SELECT key FROM chunks WHERE collection = ?)"
+    nbytes = index.execute(query, (number,)).fetchone()[0]
+    return replace(info, documents=documents, chunks=chunks, nbytes=nbytes)
 
 
 def find_collection(index: sqlite3.Connection, tenant: str, name: str) -> tuple[int, CollectionInfo]:
@@ -441,11 +457,3 @@ def _bytes(text: str) -> bytes:
 def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogatepass")
 
-
-def _counted(index: sqlite3.Connection, tenant: str, name: str) -> CollectionInfo:
-    number, info = find_collection(index, tenant, name)
-    documents = index.execute("SELECT COUNT(*) FROM documents WHERE collection = ?", (number,)).fetchone()[0]
-    chunks = index.execute("SELECT COUNT(*) FROM chunks WHERE collection = ?", (number,)).fetchone()[0]
-    query = "SELECT COALESCE(SUM(nbytes), 0) FROM segments WHERE key IN (SELECT key FROM chunks WHERE collection = ?)"
-    nbytes = index.execute(query, (number,)).fetchone()[0]
-    return CollectionInfo(**{**vars(info), "documents": documents, "chunks": chunks, "nbytes": nbytes})

@@ -29,9 +29,11 @@ from focus_core.store.collections import (
     CollectionInfo,
     Contents,
     commit_change,
+    count_collection,
     document_sums,
     drop_collection,
     find_collection,
+    has_collection,
     list_collections,
     read_collection,
     text_sums,
@@ -252,9 +254,15 @@ class Store:
         with self._rows() as index:
             return find_collection(index, self.tenant, name)[1]
 
-    def find(self, name: str) -> CollectionInfo | None:
-        """Return a collection's facts, or ``None`` where there is none."""
-        return self.collection(name) if name in {info.name for info in self.collections()} else None
+    def counted(self, name: str) -> CollectionInfo:
+        """Return a collection's facts and counts; raises ``StoreError`` where there is none."""
+        with self._rows() as index:
+            return count_collection(index, self.tenant, name)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a collection of this name."""
+        with self._rows() as index:
+            return has_collection(index, self.tenant, name)
 
     def read(self, name: str, ids: Collection[str] | None = None) -> Contents:
         """Return a collection's documents and chunks, every row checked; chunk KV is not read.

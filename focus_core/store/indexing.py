@@ -134,7 +134,7 @@ def _commit(
     for last in (False, True):
         encode_missing(store, encoder, chunks, report, check)
         try:
-            store.commit(name, encoder.facts(), encoder.config.to_dict(), change)
+            store.commit(name, encoder.facts(), encoder.config.of_answers(), change)
         except MissingChunksError:  # pruned since they were looked for
             if last:
                 raise

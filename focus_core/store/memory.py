@@ -91,8 +91,8 @@ class Memory:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of base, settings and documents: equal memories answer equally."""
-        digest = hashlib.sha256(json.dumps([self.encoder.facts(), self.encoder.config.to_dict()]).encode())
+        """Hash of base, settings of answers and documents: equal memories answer equally."""
+        digest = hashlib.sha256(json.dumps([self.encoder.facts(), self.encoder.config.of_answers()]).encode())
         for document in self.documents:
             digest.update(f"{document.id}\0{document.text}\0".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
@@ -226,10 +226,10 @@ class Memory:
             chunks = [(store.address(keys[id(chunk)]), chunk) for chunk in state.chunks]
             change = Change(state.documents, chunks, changed, removed, replace)
             try:
-                info = store.commit(name, self.encoder.facts(), self.encoder.config.to_dict(), change)
+                info = store.commit(name, self.encoder.facts(), self.encoder.config.of_answers(), change)
             except MissingChunksError:  # pruned since they were looked for
                 self._put(store, keys, progress)
-                info = store.commit(name, self.encoder.facts(), self.encoder.config.to_dict(), change)
+                info = store.commit(name, self.encoder.facts(), self.encoder.config.of_answers(), change)
             version = info.version if info.version == known.version + 1 else -1  # others' changes are to be read
             self._be_at(_Origin(store, name, version, sums))
 

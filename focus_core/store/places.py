@@ -53,7 +53,7 @@ def find_place(place: str | Path | Place, name: str | None = None) -> Place:
     if is_store(folder):
         return Place(folder, name or _only(folder))
     own = own_store()
-    if is_store(own) and Store(own, read_only=True).find(str(place)) is not None:
+    if is_store(own) and Store(own, read_only=True).has(str(place)):
         return Place(own, str(place))
     if folder.is_dir() or len(folder.parts) != 1:
         raise StoreError(f"no saved memory in {folder}; make one with `focusllm index`")

@@ -102,7 +102,7 @@ def import_collection(
                 raise StoreError(f"{path} has format {manifest['format']!r}, this version reads {FORMAT}")
             change, keys = _change(store, path, manifest)
             name = name or str(manifest["name"])
-            if store.find(name) is not None:
+            if store.has(name):
                 raise ConfigError(f"there is a collection {name!r} already; give another name with --name")
             _put(store, file, keys, manifest["segments"], progress)
             return store.commit(name, manifest["facts"], manifest["config"], change)

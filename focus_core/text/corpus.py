@@ -214,13 +214,26 @@ def _same(one: Document, other: Document) -> bool:
 
 
 def canonical(value: Any) -> str:
-    """Return a string that two values share only if they are equal and of equal types; the order of keys is no part."""
+    """Return a string that two values share only if they are equal and of equal types; the order of keys is no part.
+
+    Raises:
+        ConfigError: a value contains itself.
+    """
+    try:
+        return _canonical(value)
+    except RecursionError as error:
+        raise ConfigError(
+            "metadata, or an option of a call, contain themselves or are nested too deeply; give plain values"
+        ) from error
+
+
+def _canonical(value: Any) -> str:
     if isinstance(value, Mapping):
-        return f"{{{','.join(sorted(f'{canonical(key)}:{canonical(item)}' for key, item in value.items()))}}}"
+        return f"{{{','.join(sorted(f'{_canonical(key)}:{_canonical(item)}' for key, item in value.items()))}}}"
     if isinstance(value, (list, tuple)):
-        return f"{type(value).__name__}[{','.join(map(canonical, value))}]"
+        return f"{type(value).__name__}[{','.join(map(_canonical, value))}]"
     if isinstance(value, (set, frozenset)):
-        return f"{type(value).__name__}[{','.join(sorted(map(canonical, value)))}]"
+        return f"{type(value).__name__}[{','.join(sorted(map(_canonical, value)))}]"
     if value is None or isinstance(value, (str, bytes, bool, int, float, complex)):
         return f"{type(value).__name__} {value!r}"
     try:  # an object's repr may leave parts out

@@ -72,7 +72,8 @@ class FocusCorpus(CorpusSettings):
     model_config = CONFIG
 
     memory: Any = Field(default=None, exclude=True, repr=False)
-    """A core ``Memory`` that every call reads; what is added to it later is read too."""
+    """What every call reads: a core ``Memory`` (what is added to it later is read too), or the name or folder of a
+    saved one."""
     memory_filter: Any = None
     """Part of the memory to read: ids, metadata that must be equal, or a function of a core ``Document``."""
     retriever: BaseRetriever | None = None
@@ -117,15 +118,10 @@ class FocusCorpus(CorpusSettings):
             return list(self.holder.documents(given))
         return [*memories, *self.holder.documents([item for item in several if not isinstance(item, Memory)])]
 
-    def _memory_of(self, kwargs: Mapping[str, Any]) -> Memory | str | None:
+    def _memory_of(self, kwargs: Mapping[str, Any]) -> Any:
         for name in ("memory", "memory_path"):
             if kwargs.get(name) is not None:
-                return kwargs[name]  # type: ignore[no-any-return]
-        return self._own_memory()
-
-    def _own_memory(self) -> Memory | str | None:
-        if self.memory is not None and not isinstance(self.memory, Memory):
-            raise ConfigError(f"memory must be made by FocusEngine.remember; got {type(self.memory).__name__}")
+                return kwargs[name]
         return self.memory if self.memory is not None else self.memory_path
 
     # -- copies -------------------------------------------------------------------------------------------------
@@ -140,9 +136,15 @@ class FocusCorpus(CorpusSettings):
 
     def __getstate__(self) -> dict[Any, Any]:
         """Refuse what no other process could find again."""
-        for name, instead in (("engine", "model= and adapter="), ("memory", "memory_path=")):
-            if getattr(self, name) is not None:
-                raise ConfigError(f"a model with {name}= lives in one process and cannot be pickled; give {instead}")
+        if self.engine is not None:
+            raise ConfigError(
+                "a model with engine= lives in one process and cannot be pickled; give model= and adapter="
+            )
+        if isinstance(self.memory, Memory):
+            raise ConfigError(
+                "a model with a Memory as memory= lives in one process and cannot be pickled; give the name or folder "
+                "of a saved one (memory_path=)"
+            )
         return super().__getstate__()
 
 

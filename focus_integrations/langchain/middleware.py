@@ -99,8 +99,9 @@ class FocusMemoryMiddleware(AgentMiddleware[Any, Any, Any]):
 
     def _reads(self, memory: Any, folder: Any) -> bool:
         """Whether a model's own memory is this one, with all threads in it."""
-        if memory is not None or folder is None or self.memory.folder is None:
-            return memory is self.memory.memory
+        folder = folder if memory is None else memory
+        if isinstance(folder, Memory) or folder is None or self.memory.folder is None:
+            return folder is self.memory.memory
         return find_place(folder).folder.resolve() == self.memory.folder.resolve()
 
     def _split(self, messages: list[AnyMessage], thread: str) -> tuple[list[AnyMessage], list[Document]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -31,12 +32,12 @@ from focus_core.text.corpus import Document
 from focus_integrations.langchain.memory import STORE_ITEM as _ITEM
 
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
-    "$eq": lambda own, other: own == other,
-    "$ne": lambda own, other: own != other,
-    "$gt": lambda own, other: own is not None and own > other,
-    "$gte": lambda own, other: own is not None and own >= other,
-    "$lt": lambda own, other: own is not None and own < other,
-    "$lte": lambda own, other: own is not None and own <= other,
+    "$eq": operator.eq,
+    "$ne": operator.ne,
+    "$gt": operator.gt,
+    "$gte": operator.ge,
+    "$lt": operator.lt,
+    "$lte": operator.le,
 }
 
 
@@ -113,8 +114,11 @@ def _key(namespace: tuple[str, ...], key: str) -> str:
 
 def _text(value: Mapping[str, Any]) -> str:
     """Return what the model reads of a value: its texts, each with its name."""
-    lines = [f"{name}: {one if isinstance(one, str) else json.dumps(one, default=str)}" for name, one in value.items()]
-    return "\n".join(lines) or "{}"
+    try:
+        texts = {name: one if isinstance(one, str) else json.dumps(one, default=str) for name, one in value.items()}
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"a value cannot be kept ({error}); it must be what JSON can hold") from error
+    return "\n".join(f"{name}: {text}" for name, text in texts.items()) or "{}"
 
 
 def _facts(document: Document) -> dict[str, Any]:
@@ -132,14 +136,22 @@ def _search_item(document: Document, score: float | None) -> SearchItem:
 
 
 def _matches(own: Any, wanted: Any) -> bool:
-    if isinstance(wanted, Mapping) and any(name.startswith("$") for name in wanted):
-        unknown = sorted(set(wanted) - set(_COMPARE))
+    if isinstance(wanted, Mapping) and any(str(name).startswith("$") for name in wanted):
+        unknown = sorted(set(wanted) - set(_COMPARE), key=str)
         if unknown:
             raise ConfigError(f"filter operator {unknown[0]!r} is not known; use one of {', '.join(_COMPARE)}")
-        return all(_COMPARE[name](own, value) for name, value in wanted.items())
+        return all(_compares(name, own, value) for name, value in wanted.items())
     if isinstance(wanted, Mapping):
         return isinstance(own, Mapping) and all(_matches(own.get(name), value) for name, value in wanted.items())
     return bool(own == wanted)
+
+
+def _compares(name: str, own: Any, other: Any) -> bool:
+    """Whether two values compare so; a text is neither above nor below a number, nor is what is not there."""
+    try:
+        return bool(_COMPARE[name](own, other))
+    except TypeError:
+        return False
 
 
 def _fits(condition: MatchCondition, namespace: tuple[str, ...]) -> bool:

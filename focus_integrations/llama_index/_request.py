@@ -20,9 +20,10 @@ from focus_core.session.engines import Held, MemoryHolder
 from focus_core.session.openai import to_choice, to_tools
 from focus_core.session.request import SAMPLING, Call, Request, begin, decode_of
 from focus_core.store.memory import Memory
+from focus_core.store.places import Place
 from focus_core.text.corpus import Document
 
-MemorySource = Memory | Callable[[], Memory | None]
+MemorySource = Memory | str | Path | Place | Callable[[], Memory | None]
 
 CALL_OPTIONS = frozenset([*SAMPLING, "stop", "documents", "template", "max_sources", "schema", "timeout"])
 """What may be given per call."""
@@ -34,6 +35,7 @@ class Settings(Protocol):
 
     template: Template
     documents: Any
+    memory: Any
     memory_path: str | None
     _source: MemorySource | None
     _holder: MemoryHolder
@@ -83,7 +85,7 @@ def start(
         return llm._holder.hold(
             llm.engine,
             llm.documents if source is None else None,
-            bound if source is not None else llm.memory_path,
+            bound if source is not None else llm.memory_path if llm.memory is None else llm.memory,
             documents,
             check=lambda: check_cancelled(cancelled),
         )

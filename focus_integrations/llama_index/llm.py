@@ -66,6 +66,8 @@ class FocusLLM(AnswerSettings, FunctionCallingLLM):
 
     documents: Any = Field(default=None, exclude=True)
     """What every call reads: path, texts, documents or nodes."""
+    memory: Any = Field(default=None, exclude=True, repr=False)
+    """What every call reads besides: a core ``Memory``, or the name or folder of a saved one."""
     max_sources: int | None = 10
     """Documents to name per answer, best first; all if None."""
     context_window: int | None = None
@@ -108,7 +110,8 @@ class FocusLLM(AnswerSettings, FunctionCallingLLM):
         """Return a model with this one's weights that reads ``memory`` in every call.
 
         Args:
-            memory: a memory of this model's engine, or a function that returns the one of the moment.
+            memory: a memory of this model's engine, the name or folder of a saved one, or a function that returns the
+                memory of the moment.
             **changes: fields to set.
 
         Raises:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from types import SimpleNamespace
 
 import pytest
 
 from focus_core import Document
-from focus_core.errors import EmptyCorpusError
-from focus_core.session.documents import fingerprint, to_documents, written
-from focus_core.session.engines import MemoryHolder, asked
+from focus_core.errors import ConfigError, EmptyCorpusError
+from focus_core.session.documents import fingerprint, kept_ids, to_documents, written
+from focus_core.session.engines import MemoryHolder, asked, engine_fingerprint, shared_memory
 from focus_core.session.long_memory import LongMemory
+from focus_core.store.database import Store
 from focus_core.text.corpus import canonical, distinct
 
 LONG = "the cat sat on the mat. " * 600
@@ -136,3 +139,58 @@ def test_long_questions_ask_with_their_tail(make_engine):
     assert LONG.endswith(asked(engine, LONG))
     assert [one.document.id for one in memory.recall(LONG)] == ["note"]
     assert memory.recall("who?", wanted=lambda document: False) == []
+
+
+# -- trust ------------------------------------------------------------------------------------------------------
+
+
+def test_a_filter_changes_no_metadata(make_engine):
+    """A function that takes a value out of what it is shown has changed a copy."""
+    memory = make_engine().remember([Document("a", "text", {"tags": ["x"]}), Document("b", "text", {})])
+    assert kept_ids(memory.documents, lambda one: one.metadata.setdefault("tags", []).append("y") is None) == ["a", "b"]
+    assert kept_ids(memory.documents, lambda one: one.metadata.pop("tags", None) is not None) == ["a"]
+    assert [one.metadata for one in memory.documents] == [{"tags": ["x"]}, {}]
+
+
+def test_metadata_that_contain_themselves_are_one_error(make_engine, tmp_path):
+    """A circle in metadata is answered over, and refused where it would have to be written or compared."""
+    engine, circle = make_engine(), {}
+    circle["self"] = circle
+    memory = engine.remember([Document("a", "the cat sat", circle)])
+    assert engine.answer("who?", memory, max_tokens=2).tokens
+    with pytest.raises(ConfigError, match="contain themselves"):
+        fingerprint(memory.documents)
+    with pytest.raises(ConfigError, match="cannot be saved"):
+        memory.save(tmp_path)
+    for folder in (None, tmp_path / "kept"):
+        with pytest.raises(ConfigError, match="contain themselves"):
+            LongMemory(folder, engine=engine).put([Document("a", "the cat sat", circle)])
+
+
+def test_an_engine_is_not_pickled(make_engine):
+    """Alone or inside something: one error that says what to do, not torch's or the tokenizer's."""
+    engine = make_engine()
+    for carry in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(ConfigError, match=r"FocusEngine\.from_pretrained"):
+            carry({"engine": engine} if carry is not copy.copy else engine)
+
+
+def test_a_budget_is_no_part_of_what_an_answer_is_known_by(make_engine, tmp_path):
+    """Where chunk KV lies changes no answer: fingerprints are equal, and so are the collections it is saved to."""
+    engine = make_engine()
+    small, documents = engine.with_config(memory_budget=0), [Document("a", "the cat sat")]
+    assert engine.remember(documents).fingerprint == small.remember(documents).fingerprint
+    assert engine_fingerprint(engine) == engine_fingerprint(small)
+    digests = set()
+    for name, one in (("one", engine), ("two", small)):
+        one.remember(documents).save(tmp_path / name)
+        digests.add(Store(tmp_path / name).collection("default").digest)
+    assert len(digests) == 1
+    assert shared_memory(small, tmp_path / "one").encoder.budget.limit == 0
+    assert shared_memory(engine, tmp_path / "one").encoder.budget.limit is None
+
+
+def test_a_memory_of_no_kind_is_refused(make_engine):
+    """Not a memory, a name or a folder: the error says what it may be."""
+    with pytest.raises(ConfigError, match="name or folder of a saved one; got int"):
+        MemoryHolder().hold(make_engine(), memory=3)

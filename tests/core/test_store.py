@@ -250,3 +250,17 @@ def test_collections_lie_beside_each_other(make_engine, tmp_path):
     for name in ("", "../x", "a/b", ".hidden"):
         with pytest.raises(ConfigError, match="collection's name"):
             one.save(tmp_path, name=name)
+
+
+def test_one_collection_is_looked_up_by_its_name(make_engine, tmp_path):
+    """Its facts and counts are those of the list, and looking for one reads no other."""
+    engine = make_engine()
+    for name in ("one", "two"):
+        engine.remember([Document(name, TEXT * 3), Document("b", TEXT)]).save(tmp_path, name=name)
+    store = Store(tmp_path, read_only=True)
+    assert [store.counted(info.name) for info in store.collections()] == store.collections()
+    assert store.counted("one").documents == 2
+    assert (store.has("one"), store.has("three")) == (True, False)
+    with pytest.raises(StoreError, match="there are one, two"):
+        store.counted("three")
+    assert not Store(tmp_path, tenant="other", read_only=True).has("one")

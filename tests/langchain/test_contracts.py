@@ -25,7 +25,8 @@ from langchain_core.messages import (
 )
 from langchain_core.retrievers import BaseRetriever
 
-from focus_core.errors import ConfigError
+from focus_core import Document
+from focus_core.errors import ConfigError, StoreError
 from focus_core.method.passes import run_together
 from focus_core.model.tool_calls import ToolCall, write_tool_call
 from focus_core.session.long_memory import LongMemory
@@ -226,3 +227,19 @@ def test_copies_share_what_cannot_be_copied():
 def test_no_messages_have_no_tokens():
     """An empty conversation counts 0, as trimming asks."""
     assert ChatFocusLLM(engine=ENGINE).get_num_tokens_from_messages([]) == 0
+
+
+def test_memory_takes_the_name_of_a_collection(tmp_path, monkeypatch):
+    """``memory="contracts"`` reads what the command line indexed; such a model is pickled, and a call may name another."""
+    monkeypatch.setenv("FOCUSLLM_STORE", str(tmp_path))
+    for name, text in (("contracts", "the lease was signed by Ada"), ("boats", "the boat is called Tom")):
+        ENGINE.remember([Document(name, text)]).save(tmp_path, name=name)
+    for kind in (FocusLLM, ChatFocusLLM, FocusRetriever):
+        model = kind(engine=ENGINE, memory="contracts")
+        held = model._hold(ENGINE, [], {}, lambda: None).memory
+        assert [one.id for one in held.documents] == ["contracts"]
+        held = model._hold(ENGINE, [], {"memory": "boats"}, lambda: None).memory
+        assert [one.id for one in held.documents] == ["boats"]
+        assert pickle.loads(pickle.dumps(kind(memory="contracts"))).memory == "contracts"
+    with pytest.raises(StoreError, match="no saved memory 'nothing'"):
+        FocusLLM(engine=ENGINE, memory="nothing").invoke("who?")

@@ -299,3 +299,17 @@ async def test_searching_ranks_by_attention():
     assert [item.key for item in found] == expected
     assert {item.key for item in store.search(("users",), query="who signed?")} == {"one", "two"}
     assert [item.key for item in await store.asearch((), query="who signed?")] == expected
+
+
+def test_filters_of_the_store_compare_only_what_can_be_compared():
+    """A text is neither above nor below a number, and a value that contains itself is refused with one error."""
+    store = _filled(FocusMemoryStore(LongMemory(engine=ENGINE)))
+    store.put(("users", "a"), "text", {"size": "large"})
+    store.put(("users", "a"), "list", {"size": [5]})
+    assert {item.key for item in store.search((), filter={"size": {"$gte": 5}})} == {"two", "three"}
+    assert [item.key for item in store.search((), filter={"size": {"$gt": "big"}})] == ["text"]
+    assert [item.key for item in store.search((), filter={"size": {"$lt": None}})] == []
+    circle: dict[str, Any] = {}
+    circle["self"] = circle
+    with pytest.raises(ConfigError, match="cannot be kept"):
+        store.put(("users", "a"), "circle", circle)

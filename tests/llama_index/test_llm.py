@@ -289,3 +289,21 @@ def test_pickling_warns_of_nothing(llm, caplog):
     with caplog.at_level(logging.WARNING):
         pickle.dumps(llm)
     assert not caplog.records
+
+
+def test_memory_takes_a_name_a_folder_or_a_memory(engine, tmp_path, monkeypatch):
+    """``memory="contracts"`` reads what the command line indexed, besides documents; `with_memory` takes it too."""
+    monkeypatch.setenv("FOCUSLLM_STORE", str(tmp_path))
+    memory = engine.remember([Document("lease", "the lease was signed by Ada")])
+    memory.save(tmp_path, name="contracts")
+
+    def read(llm):
+        return {one["document_id"] for one in llm.complete("who signed?", max_tokens=2).additional_kwargs["sources"]}
+
+    for given in ("contracts", tmp_path, memory):
+        assert read(FocusLLM(engine=engine, memory=given, documents=[Document("boat", "the boat is red")])) == {
+            "lease",
+            "boat",
+        }
+    assert read(FocusLLM(engine=engine).with_memory("contracts")) == {"lease"}
+    assert pickle.loads(pickle.dumps(FocusLLM(memory="contracts"))).memory == "contracts"

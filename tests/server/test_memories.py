@@ -12,6 +12,7 @@ import pytest
 from focus_core.errors import ConfigError
 from focus_core.server.access import add_key, read_keys
 from focus_core.server.settings import ServerSettings
+from focus_core.store.database import Store
 from tests import office
 from tests.langchain.conftest import ScriptedEngine, tiny_engine
 from tests.server.conftest import CONTRACTS, Running, fill, serving, wait
@@ -240,3 +241,17 @@ def test_bodies_and_documents_have_limits(tmp_path: Path) -> None:
         assert streamed.status_code == 413
         body = {"model": running.model, "messages": [{"role": "user", "content": "word " * 400}]}
         assert "200 tokens" in client.post("/v1/chat/completions", json=body).json()["error"]["message"]
+
+
+def test_a_question_lists_no_other_memories(own: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a question costs before it is answered does not grow with the memories that a tenant has."""
+    with own.client() as client:
+        fill(own, "contracts", CONTRACTS)
+
+        def every(store: Store) -> None:
+            raise AssertionError("all collections were listed")
+
+        monkeypatch.setattr(Store, "collections", every)
+        assert _ask(client, own, memories=["contracts"]).status_code == 200
+        assert _ask(client, own, memories=["others"]).status_code == 404
+        assert client.get("/v1/memories/contracts").json()["documents"] == 2
