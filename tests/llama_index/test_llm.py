@@ -298,7 +298,7 @@ def test_memory_takes_a_name_a_folder_or_a_memory(engine, tmp_path, monkeypatch)
     memory.save(tmp_path, name="contracts")
 
     def read(llm):
-        return {one["document_id"] for one in llm.complete("who signed?", max_tokens=2).additional_kwargs["sources"]}
+        return {one["document_id"] for one in llm.complete("who?", max_tokens=2).raw["focus"]["sources"]}
 
     for given in ("contracts", tmp_path, memory):
         assert read(FocusLLM(engine=engine, memory=given, documents=[Document("boat", "the boat is red")])) == {
