@@ -230,7 +230,7 @@ def test_no_messages_have_no_tokens():
 
 
 def test_memory_takes_the_name_of_a_collection(tmp_path, monkeypatch):
-    """``memory="contracts"`` reads what the command line indexed; such a model is pickled, and a call may name another."""
+    """``memory="contracts"`` reads what the command line indexed; a call may name another; it is pickled."""
     monkeypatch.setenv("FOCUSLLM_STORE", str(tmp_path))
     for name, text in (("contracts", "the lease was signed by Ada"), ("boats", "the boat is called Tom")):
         ENGINE.remember([Document(name, text)]).save(tmp_path, name=name)
