@@ -21,7 +21,7 @@ from focus_core.config import DecodeConfig, FocusConfig, LocalMode, Positions
 from focus_core.errors import ConfigError
 from focus_core.generation import Generation, check_cancelled
 from focus_core.method.encoding import Check
-from focus_core.method.parallel import sink_before
+from focus_core.method.layout import sink_before
 from focus_core.method.passes import SharedPasses, run_together
 from focus_core.method.reading import Reading, check_window
 from focus_core.method.state import MemoryState

@@ -59,15 +59,6 @@ def by_chunk(packed: Tensor, chunks: int) -> Tensor:
     return packed.reshape(heads, chunks, rows // chunks, dim).transpose(0, 1)
 
 
-def rows_by_chunk(packed: Tensor, chunks: int, split: int) -> Tensor:
-    """(1, heads, chunks * (m + T), head_dim), ``split`` ordinary rows first -> (chunks, heads, m + T, head_dim)."""
-    if split == chunks and packed.shape[2] == 2 * chunks:
-        return packed[0].reshape(packed.shape[1], 2, chunks, -1).permute(2, 0, 1, 3)
-    if split in (0, packed.shape[2]):
-        return by_chunk(packed, chunks)
-    return torch.cat([by_chunk(packed[:, :, :split], chunks), by_chunk(packed[:, :, split:], chunks)], dim=2)
-
-
 def packed_rows(out: Tensor) -> Tensor:
     """(chunks, heads, rows, head_dim) -> (1, chunks * rows, heads, head_dim)."""
     chunks, heads, rows, dim = out.shape
@@ -106,8 +97,13 @@ def attend(
     return Part(out.reshape(batch, heads, rows, dim), lse.reshape(batch, heads, rows))
 
 
-def attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, *, softcap: float | None = None) -> Part:
-    """Attend from row i to keys 0..i; ``query`` and ``key`` hold the same rows. Shapes as in :func:`attend`."""
+def attend_causal(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, softcap: float | None = None, bias: Tensor | None = None
+) -> Part:
+    """Attend from row i to keys 0..i; ``query`` and ``key`` hold the same rows. Shapes as in :func:`attend`.
+
+    ``bias`` is :func:`causal_bias` of these rows where it is at hand.
+    """
     rows = query.shape[2]
     if _flash_applies(query, key, value, softcap):
         groups = query.shape[1] // key.shape[1]
@@ -122,7 +118,8 @@ def attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, *, so
                 scale=scale,
             )
         )
-    return attend(query, key, value, scale, softcap=softcap, bias=causal_bias(rows, rows, query.device))
+    bias = causal_bias(rows, rows, query.device) if bias is None else bias
+    return attend(query, key, value, scale, softcap=softcap, bias=bias)
 
 
 class Front(NamedTuple):
@@ -144,10 +141,10 @@ def attend_front(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scale: float,
-    top: int,
-    lowered: float,
+    bias: Tensor | None = None,
     *,
+    scale: float,
+    top: int = 0,
     softcap: float | None = None,
     with_lse: bool = False,
 ) -> Front:
@@ -158,9 +155,9 @@ def attend_front(
         query: (batch, heads, rows, head_dim).
         key: (batch, kv_heads, candidates, head_dim).
         value: like ``key``.
+        bias: (batch or 1, 1, 1, candidates or 1), added to the scores; :data:`HIDDEN` hides a candidate.
         scale: multiplies the scores.
         top: candidates of the highest score that a head attends to; 0 for all.
-        lowered: taken off every candidate's score.
         softcap: as in :func:`attend`.
         with_lse: whether the result's ``lse`` is wanted.
     """
@@ -170,11 +167,10 @@ def attend_front(
     flat = _widen(key).reshape(batch * kv_heads, count, dim)
     scores = torch.baddbmm(_zero(flat.dtype, flat.device), _widen(folded), flat.transpose(1, 2), beta=0, alpha=scale)
     best = _cap(scores, softcap).view(batch, heads, rows, count)
+    best = best if bias is None else best + bias
     places = None
     if 0 < top < count:
         best, places = best.topk(top, dim=-1)
-    if lowered:
-        best = best - lowered
     scores = torch.cat([best, local.lse.unsqueeze(-1)], dim=-1)  # all local keys count as one
     mass = torch.softmax(scores, dim=-1)
     share = mass[..., -1:]
@@ -189,29 +185,6 @@ def attend_front(
 @lru_cache(maxsize=16)
 def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros(1, 1, 1, dtype=dtype, device=device)
-
-
-def attend_top(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    top: int,
-    *,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-) -> Part:
-    """Attend from every query row to the ``top`` keys it scores highest, each head its own. Else as :func:`attend`."""
-    if top >= key.shape[2]:
-        return attend(query, key, value, scale, softcap=softcap, bias=bias)
-    scores = scores_of(query, key, scale, softcap)
-    best, places = (scores if bias is None else scores + bias).topk(top, dim=-1)  # (batch, heads, rows, top)
-    lse = torch.logsumexp(best, dim=-1)
-    weights = torch.zeros(*best.shape[:3], key.shape[2], dtype=best.dtype, device=best.device)
-    weights = weights.scatter(-1, places, torch.exp(best - lse.unsqueeze(-1)))
-    batch, heads, rows, dim = query.shape
-    out = fold_heads(weights.to(value.dtype), key.shape[1]) @ value
-    return Part(out.reshape(batch, heads, rows, dim), lse)
 
 
 def attend_self(query: Tensor, key: Tensor, value: Tensor, scale: float, *, softcap: float | None = None) -> Part:

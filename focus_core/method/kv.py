@@ -170,6 +170,11 @@ class ChunkKV:
         """Bytes of these chunks, the rest of their last blocks included."""
         return self.shape.nbytes(sum(map(self._blocked, self.lengths)), self.size)
 
+    @property
+    def key(self) -> object:
+        """Equal for views of the same chunks, and for those alone."""
+        return id(self.source), self.slots
+
     @cached_property
     def ends(self) -> Tensor:
         """(chunks,) lengths on the device."""
@@ -325,7 +330,7 @@ class ChunkKV:
 
     def rows(self, start: int, stop: int) -> ChunkKV:
         """Return chunks ``start`` to ``stop``: no copy."""
-        return self.select(range(start, stop))
+        return self if (start, stop) == (0, self.size) else self.select(range(start, stop))
 
     def select(self, rows: Sequence[int]) -> ChunkKV:
         """Return some chunks, where they lie: no copy."""

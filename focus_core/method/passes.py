@@ -20,7 +20,9 @@ from torch import Tensor
 from focus_core.config import Positions
 from focus_core.errors import CancelledError
 from focus_core.method.encoding import Check
-from focus_core.method.parallel import ChunkRows, LocalRows, commit, sweep
+from focus_core.method.local import LocalRows
+from focus_core.method.packed import commit, sweep
+from focus_core.method.rows import ChunkRows
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 
@@ -35,7 +37,7 @@ class Pass:
     """What one request wants of a sweep.
 
     Args:
-        calls: chunk rows, see :func:`~focus_core.method.parallel.sweep`.
+        calls: chunk rows, see :func:`~focus_core.method.packed.sweep`.
         local: its local rows.
         positions: of its candidates.
         check: raises to cancel.

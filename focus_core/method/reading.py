@@ -17,18 +17,11 @@ from focus_core.errors import ConfigError, ContextTooLongError, OutOfMemoryError
 from focus_core.hardware import free_bytes, is_out_of_memory
 from focus_core.method.encoding import Check
 from focus_core.method.kv import move_keys, rotations
-from focus_core.method.parallel import (
-    ChunkRows,
-    LocalCache,
-    LocalRows,
-    Scoring,
-    check_room,
-    commit,
-    local_start,
-    sink_before,
-    sweep,
-)
+from focus_core.method.layout import Scoring, check_room, local_start, sink_before
+from focus_core.method.local import Local, LocalCache, LocalRows
+from focus_core.method.packed import commit, sweep
 from focus_core.method.passes import Pass, SharedPasses
+from focus_core.method.rows import Behind, ChunkRows
 from focus_core.method.state import MemoryState
 from focus_core.method.suffix import Suffix
 from focus_core.model.candidate import CandidateAdapter
@@ -149,11 +142,11 @@ class Reading:
         if self._opens_alike(len(ids), opening):
             self._open(injected[:opening], calls)
             injected = injected[opening:]
-        return self._sweep(torch.tensor(injected, dtype=torch.long), [*head, *ids], calls)
+        return self._sweep(injected, [*head, *ids], calls)
 
     def step(self, token: int) -> Tensor:
         """Append a generated token, renew every candidate, and return the next (vocabulary,) logits (step 5)."""
-        previous = torch.tensor([self.ids[-1]])
+        previous = [self.ids[-1]]
         self.ids.append(token)
         self.local.append(token)
         local = [token] if self.focus.local_mode == "incremental" else self._local_row()
@@ -175,7 +168,7 @@ class Reading:
         numbers = {index: number for number, index in enumerate(self._kept)}
         self._groups = [kept for group in self._groups if (kept := group.only(numbers)) is not None]
         self._cache = None
-        return self._go_on(torch.empty(0, dtype=torch.long), self._local_row())
+        return self._go_on([], self._local_row())
 
     def read_whole(self, chunks: Sequence[int], separator: Sequence[int] = (), *, moved: bool = False) -> Tensor | None:
         """Put whole chunks in front of the local context and read it again; all others stay behind their candidates.
@@ -223,7 +216,7 @@ class Reading:
         self._spans = [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
         self.reread_tokens = len(passages)
         self.local = [*passages, *self.ids]
-        return self._go_on(torch.empty(0, dtype=torch.long), self._local_row())
+        return self._go_on([], self._local_row())
 
     def _fitting(self, chunks: Sequence[int], separator: int) -> list[int]:
         """Return the first of ``chunks`` that the window holds beside the question and its answer."""
@@ -265,7 +258,7 @@ class Reading:
         data[:-1, ..., head:at, :] = torch.cat(parts, dim=3)
         data[-1, ..., head:at, :] = 0
         self._cache.used = at
-        return self._go_on(torch.empty(0, dtype=torch.long), row[head:])
+        return self._go_on([], row[head:])
 
     def _turned(self, kv: Tensor, by: int) -> Tensor:
         """Move the keys of (layers, 2, kv_heads, rows, head_dim) by so many positions."""
@@ -288,7 +281,7 @@ class Reading:
         kept = self.state.openings.get(ids)
         if kept is None:
             for group in self._groups:
-                group.ordinary = torch.tensor(ids)
+                group.asked = [Behind(ids)]
             with torch.no_grad():
                 sweep(self.base, self.adapter, calls, (), self.focus.positions, self.check)
             commit(calls, ())
@@ -320,7 +313,7 @@ class Reading:
             return [[group] for group in self._groups]
         return [self._groups] if self._groups else []
 
-    def _go_on(self, ordinary: Tensor, local_ids: list[int]) -> Tensor:
+    def _go_on(self, ordinary: Sequence[int], local_ids: list[int]) -> Tensor:
         """Sweep after :meth:`begin`."""
         try:
             return self._sweep(ordinary, local_ids, self._calls())
@@ -332,22 +325,18 @@ class Reading:
                 "question, or set chunks_per_batch"
             ) from error
 
-    def _sweep(self, ordinary: Tensor, local_ids: list[int], calls: list[list[ChunkRows]]) -> Tensor:
-        candidate = torch.tensor([self.ids[-1]])
+    def _sweep(self, ordinary: Sequence[int], local_ids: list[int], calls: list[list[ChunkRows]]) -> Tensor:
         for group in self._groups:
-            group.ordinary, group.candidates = ordinary, candidate
-            group.visible = torch.tensor([group.suffix.used + len(ordinary)])
+            group.asked = [Behind(ordinary, [self.ids[-1]], group.suffix.used + len(ordinary))]
         if self.focus.local_mode == "incremental" and self._cache is None:
             self._cache = LocalCache(self.base, len(local_ids) + self.max_tokens)
         used = self._cache.used if self._cache is not None else 0
         position = local_start(self.candidates, self.focus.positions) + used
         groups = [group for call in calls for group in call]
         local = LocalRows(
-            torch.tensor(local_ids),
-            position,
-            self._cache,
+            [Local(local_ids, position, len(local_ids))],
             groups,
-            shared_rows=len(local_ids),
+            self._cache,
             record=bool(groups or self._spans),
             scoring=Scoring.of(self.focus),
             spans=self._spans,
@@ -374,7 +363,7 @@ class Reading:
 
     def _make_groups(self, size: int) -> list[ChunkRows]:
         place = {id(chunk): index for index, chunk in enumerate(self.state.chunks)}
-        capacity, none = self.prompt_tokens + self.max_tokens, torch.empty(0, dtype=torch.long)
+        capacity = self.prompt_tokens + self.max_tokens
         groups = []
         for slab in self.state.slabs:
             for start in range(0, slab.kv.size, size):
@@ -383,7 +372,7 @@ class Reading:
                 held = [(place[id(chunk)], row) for chunk, row in slab.between(start, stop)]
                 indices, rows = [index for index, _ in held], [row for _, row in held]
                 suffix = Suffix(kv, capacity)
-                groups.append(ChunkRows(kv, suffix, indices, self.chunks, none, none, none, rows=rows))
+                groups.append(ChunkRows(kv, suffix, indices, self.chunks, rows=rows))
         return groups
 
     def _prompt_length(self, local_tokens: int) -> int:

@@ -33,10 +33,6 @@ class GrowingKV:
         """Write (batch, kv_heads, rows, head_dim) behind what is committed; return all of K and V of the layer."""
         start = self.front + self.used
         stop = start + key.shape[2]
-        if torch.is_grad_enabled() and key.requires_grad:  # in place, it would undo what autograd has saved
-            both = zip(self.data[layer, :, :, :, :start], (key, value), strict=True)
-            keys, values = (torch.cat(pair, dim=2) for pair in both)
-            return keys, values
         if stop > self.data.shape[4]:
             grown = self.data.new_empty(*self.data.shape[:4], self._room(stop), self.data.shape[5])
             grown[..., :start, :] = self.data[..., :start, :]
@@ -45,6 +41,16 @@ class GrowingKV:
             self.data[layer, 0, :, :, start:stop] = key
             self.data[layer, 1, :, :, start:stop] = value
         return self.data[layer, 0, :, :, :stop], self.data[layer, 1, :, :, :stop]
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return what is committed of a layer's K and V, what lies in front included."""
+        keys, values = self.data[layer, :, :, :, : self.front + self.used]
+        return keys, values
+
+    @property
+    def layers(self) -> int:
+        """How many layers it holds."""
+        return self.data.shape[0]
 
     def _room(self, rows: int) -> int:
         """Return the rows to make room for when ``rows`` are needed."""
@@ -70,25 +76,27 @@ class Suffix(GrowingKV):
     Args:
         like: the chunks it stands behind.
         capacity: tokens that are certain to come; it grows in blocks of :data:`_GROWTH`.
+        questions: that put something behind each chunk, side by side; what is behind the end of a shorter one is
+            hidden by whoever reads it.
     """
 
-    def __init__(self, like: ChunkKV, capacity: int) -> None:
+    def __init__(self, like: ChunkKV, capacity: int, questions: int = 1) -> None:
         shape = like.shape
         data = torch.empty(
-            (shape.layers, 2, like.size, shape.kv_heads, self._room(FIRST + capacity), shape.head_dim),
+            (shape.layers, 2, like.size * questions, shape.kv_heads, self._room(FIRST + capacity), shape.head_dim),
             dtype=shape.dtype,
             device=shape.device,
         )
         for layer in range(shape.layers):
             for index, first in enumerate(like.first(layer)):
-                data[layer, index, :, :, :FIRST] = first
+                data[layer, index, :, :, :FIRST] = first.repeat_interleave(questions, dim=0)
         super().__init__(data, FIRST)
 
     def _room(self, rows: int) -> int:
         return -(-rows // _GROWTH) * _GROWTH
 
     def choose(self, chunks: Sequence[int]) -> Suffix:
-        """Return a copy that stands behind some of the chunks alone."""
+        """Return a copy of one question's that stands behind some of the chunks alone."""
         chosen = copy(self)
         chosen.data = self.data[:, :, list(chunks)]
         return chosen

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 
 from focus_core.config import FocusConfig, TrainConfig
-from focus_core.method.parallel import Scoring
+from focus_core.method.layout import Scoring
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 from focus_core.training.objectives import Example, Task, dense_losses, encode_example

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from focus_core.config import TrainConfig
 from focus_core.errors import AdapterError
-from focus_core.method.parallel import Scoring
+from focus_core.method.layout import Scoring
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 from focus_core.training.checkpoint import (

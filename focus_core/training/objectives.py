@@ -20,11 +20,14 @@ from focus_core.config import Positions, TeacherMemory
 from focus_core.errors import ConfigError
 from focus_core.method.encoding import encode_chunks
 from focus_core.method.kv import ChunkKV
-from focus_core.method.parallel import PLAIN, Scoring, sink_before
+from focus_core.method.layout import PLAIN, Scoring, local_start, sink_before
+from focus_core.method.local import Local, LocalRows
+from focus_core.method.packed import commit, sweep
+from focus_core.method.rows import Behind, ChunkRows
+from focus_core.method.suffix import Suffix
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 from focus_core.training.kept import KeptChunks
-from focus_core.training.packed import PackedExample, Row, inject, run
 
 
 @dataclass(frozen=True)
@@ -143,30 +146,50 @@ def dense_logits(
     by_chunks: dict[int, list[int]] = {}
     for index, task in enumerate(tasks):
         by_chunks.setdefault(id(task.chunks), []).append(index)
-    order = [index for indices in by_chunks.values() for index in indices]
-    examples = [
-        PackedExample(base, tasks[indices[0]].chunks, [_rows(tasks[index].query, sink) for index in indices], positions)
-        for indices in by_chunks.values()
-    ]
-    inject(base, examples)
-    rows = run(base, adapter, examples, scoring, gradient_checkpointing=gradient_checkpointing)
-    states = dict(zip(order, rows, strict=True))
+    together = [[tasks[index] for index in indices] for indices in by_chunks.values()]
+    groups = [_behind(some[0].chunks, [task.query for task in some]) for some in together]
+    _inject(base, adapter, groups, positions)
+    locals_ = []
+    for group, some in zip(groups, together, strict=True):
+        group.asked = [_candidates(task.query) for task in some]
+        asked = [_local(task.query, group.total, sink, positions) for task in some]
+        locals_.append(LocalRows(asked, [group], scoring=scoring))
+    hidden = sweep(base, adapter, [groups], locals_, positions, gradient_checkpointing=gradient_checkpointing)
+    states: dict[int, Tensor] = {}
+    for rows, local, indices in zip(hidden, locals_, by_chunks.values(), strict=True):
+        states |= dict(zip(indices, torch.split(rows[0], [len(it.ids) for it in local.asked]), strict=True))
     targets = [task.query.targets for task in tasks]
-    last = torch.cat([states[index][0, -count:] for index, count in enumerate(targets)])
+    last = torch.cat([states[index][-count:] for index, count in enumerate(targets)])
     return list(torch.split(base.logits(last.unsqueeze(0))[0].float(), targets))
 
 
-def _rows(query: Query, sink: int | None) -> Row:
-    ids, whole = list(query.ids), [*query.before, *query.ids]
-    head = sink_before(whole, sink)
-    return Row(
-        ordinary=ids[query.injected_from : -2],
-        candidates=ids[query.split - 1 : -1],
-        visible=query.split - 1 - query.injected_from,
-        local=[*head, *whole[:-1]],
-        shared_rows=len(head) + len(query.before) + query.split,
-        whole=query.whole,
-    )
+def _behind(chunks: ChunkKV, queries: Sequence[Query]) -> ChunkRows:
+    """Return what runs behind chunks as ordinary tokens: all that the last candidate of each local context sees."""
+    ordinary = [Behind(query.ids[query.injected_from : -2]) for query in queries]
+    suffix = Suffix(chunks, max(len(it.ordinary) for it in ordinary), len(queries))
+    return ChunkRows(chunks, suffix, range(chunks.size), chunks.size, ordinary)
+
+
+def _candidates(query: Query) -> Behind:
+    """Return what runs behind the chunks as candidates: one for each target, made at the token before it."""
+    visible = query.split - 1 - query.injected_from
+    return Behind((), query.ids[query.split - 1 : -1], visible, query.whole)
+
+
+@torch.no_grad()
+def _inject(base: BaseDecoder, adapter: CandidateAdapter, groups: Sequence[ChunkRows], positions: Positions) -> None:
+    """Run ordinary rows, which depend on no trained weight; their K and V stay in the suffixes."""
+    some = [group for group in groups if any(it.ordinary for it in group.asked)]
+    if some:
+        sweep(base, adapter, [some], (), positions)
+        commit([some], ())
+
+
+def _local(query: Query, chunks: int, sink: int | None, positions: Positions) -> Local:
+    ids = [*query.before, *query.ids]
+    head = sink_before(ids, sink)
+    start = local_start(chunks - len(query.whole), positions)
+    return Local([*head, *ids[:-1]], start, len(head) + len(query.before) + query.split, query.whole)
 
 
 def dense_losses(

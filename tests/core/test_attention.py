@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from focus_core.method import attention
-from focus_core.method.attention import HIDDEN, attend, attend_causal, attend_self, attend_top, merge
+from focus_core.method.attention import HIDDEN, Part, attend, attend_causal, attend_front, attend_self, merge
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -36,7 +36,9 @@ def test_large_keys_give_what_the_library_gives(flash, dtype, scale):
     tolerance = {"atol": 2e-2, "rtol": 2e-2}
     expected = F.scaled_dot_product_attention(*wide, scale=scale, enable_gqa=True)
     torch.testing.assert_close(attend(query, key, value, scale).out.double(), expected, **tolerance)
-    torch.testing.assert_close(attend_top(query, key, value, scale, 2).out.double(), expected, **tolerance)
+    nothing = Part(torch.zeros_like(query), torch.full(query.shape[:3], HIDDEN))
+    best = attend_front(nothing, query, key, value, scale=scale, top=2).out.double()
+    torch.testing.assert_close(best, expected, **tolerance)
     causal = F.scaled_dot_product_attention(*wide, scale=scale, enable_gqa=True, is_causal=True)
     torch.testing.assert_close(attend_causal(query, key, value, scale).out.double(), causal, **tolerance)
     assert attend_self(query, key, value, scale).lse.isfinite().all()

@@ -21,7 +21,7 @@ def asked(make_engine, monkeypatch):
     def noting(original):
         def sweep(base, adapter, calls, *rest):
             groups = [group for call in calls for group in call]
-            rows.append(max((len(group.ordinary) for group in groups), default=0))
+            rows.append(max((len(it.ordinary) for group in groups for it in group.asked), default=0))
             return original(base, adapter, calls, *rest)
 
         return sweep

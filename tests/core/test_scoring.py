@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 
 from focus_core.config import FocusConfig, TrainConfig
 from focus_core.errors import ConfigError
-from focus_core.method.parallel import Scoring
+from focus_core.method.layout import Scoring
 from focus_core.model.candidate import CandidateAdapter, CandidateLinear
 from focus_core.model.families import BaseDecoder
 from focus_core.training.objectives import Example, Query, Task, dense_logits, encode_example

@@ -1,4 +1,4 @@
-"""Check the packed pass of training against the sweep that decoding uses, on ragged examples of several families."""
+"""Check questions packed side by side against each of them alone, on ragged examples of several families."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from focus_core.method.encoding import encode_chunks
-from focus_core.method.parallel import ChunkRows, LocalRows, Scoring, commit, local_start, sweep
+from focus_core.method.layout import Scoring, local_start
+from focus_core.method.local import Local, LocalRows
+from focus_core.method.packed import commit, sweep
+from focus_core.method.rows import Behind, ChunkRows
 from focus_core.method.suffix import Suffix
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 from focus_core.training.objectives import Query, Task, dense_logits
 from tests.conftest import perturb, tiny_model
 
-NONE = torch.empty(0, dtype=torch.long)
 MEMORIES = [[[0, 10, 11, 12, 13, 14], [0, 30, 31], [0, 50, 51, 52]], [[0, 60, 61, 62, 63]]]
 QUERIES = [
     (0, Query((20, 21, 22, 23, 24, 25, 26, 27, 28), 6)),
@@ -25,27 +27,19 @@ QUERIES = [
 
 
 def _one_by_one(base, adapter, chunks, query, positions, scoring):
-    """The same logits by the decoding sweep: ordinary rows first, then all candidates of this one local context."""
-    ids = torch.tensor(query.ids)
-    suffix, count = Suffix(chunks, len(ids)), chunks.size
+    """The same logits in sweeps of this one local context: ordinary rows first, then all candidates."""
+    ids = query.ids
+    group = ChunkRows(chunks, Suffix(chunks, len(ids)), range(chunks.size), chunks.size)
     ordinary = ids[query.injected_from : -2]
-    if len(ordinary):
+    if ordinary:
         with torch.no_grad():
-            before = ChunkRows(chunks, suffix, range(count), count, ordinary, NONE, NONE)
-            sweep(base, adapter, [[before]], (), positions)
-            commit([[before]], ())
-    visible = torch.arange(query.split - 1, len(ids) - 1) - query.injected_from
-    group = ChunkRows(chunks, suffix, range(count), count, NONE, ids[query.split - 1 : -1], visible)
-    head = NONE if query.ids[0] == 0 else torch.tensor([0])
-    local = LocalRows(
-        torch.cat([head, ids[:-1]]),
-        local_start(count, positions),
-        None,
-        [group],
-        shared_rows=len(head) + query.split,
-        scoring=scoring,
-    )
-    hidden = sweep(base, adapter, [[group]], [local], positions)[0]
+            group.asked = [Behind(ordinary)]
+            sweep(base, adapter, [[group]], (), positions)
+            commit([[group]], ())
+    group.asked = [Behind((), ids[query.split - 1 : -1], query.split - 1 - query.injected_from)]
+    head = [] if ids[0] == 0 else [0]
+    asked = Local([*head, *ids[:-1]], local_start(chunks.size, positions), len(head) + query.split)
+    hidden = sweep(base, adapter, [[group]], [LocalRows([asked], [group], scoring=scoring)], positions)[0]
     return base.logits(hidden[:, -query.targets :])[0]
 
 

@@ -20,7 +20,7 @@ from focus_core.evaluation.methods.chunk_cache import ChunkCache
 from focus_core.evaluation.methods.prompts import find_prompt
 from focus_core.evaluation.methods.retrieval import rank_bm25, rank_minilm
 from focus_core.evaluation.trial import Prediction, Trial
-from focus_core.method.parallel import sink_before
+from focus_core.method.layout import sink_before
 from focus_core.text.chunking import Chunk
 
 

@@ -20,7 +20,7 @@ from focus_core.evaluation.methods.baselines import greedy, predicted, prompt_of
 from focus_core.evaluation.methods.chunk_cache import ChunkCache
 from focus_core.evaluation.trial import Prediction, Trial
 from focus_core.method.kv import move_keys, rotations
-from focus_core.method.parallel import sink_before
+from focus_core.method.layout import sink_before
 
 Stretch = Literal["ntk", "yarn"]
 

@@ -22,7 +22,7 @@ from focus_core.evaluation.methods.chunk_cache import ChunkCache
 from focus_core.evaluation.trial import Prediction, Trial
 from focus_core.method.attention import attend, causal_bias, merge
 from focus_core.method.kv import move_keys, rotation
-from focus_core.method.parallel import sink_before
+from focus_core.method.layout import sink_before
 from focus_core.model.families import BaseDecoder
 
 

@@ -22,16 +22,10 @@ from focus_core.errors import ConfigError, ContextTooLongError
 from focus_core.evaluation.report.records import Record, RecordFile, engine_facts, machine_facts, write_metrics
 from focus_core.evaluation.tasks.text_windows import Window
 from focus_core.method.encoding import encode_chunks
-from focus_core.method.parallel import (
-    ChunkRows,
-    LocalRows,
-    Scoring,
-    check_room,
-    commit,
-    local_start,
-    sink_before,
-    sweep,
-)
+from focus_core.method.layout import Scoring, check_room, local_start, sink_before
+from focus_core.method.local import Local, LocalRows
+from focus_core.method.packed import commit, sweep
+from focus_core.method.rows import Behind, ChunkRows
 from focus_core.method.suffix import Suffix
 from focus_core.text.chunking import cut
 from focus_core.text.tokenization import Encoded
@@ -114,25 +108,23 @@ def memory_logits(
     head = sink_before(ids, engine.sink)
     _check_settings(engine, len(head) + len(ids))
     first = max(0, split - 1 - engine.config.prompt_length)
-    tokens, none = torch.tensor(list(ids)), torch.empty(0, dtype=torch.long)
     check_room(base, len(chunks), positions, len(head) + len(ids))
     most = rows_at_once or _ROWS_AT_ONCE.get(base.device.type, 4096)
     size = max(1, most // (len(ids) - split))
     order = sorted(range(len(chunks)), key=lambda index: -len(chunks[index]))
-    visible = torch.arange(split - 1, len(ids) - 1) - first
     groups = []
     for start in range(0, len(order), size):
         indices = order[start : start + size]
         rows = [[*sink_before([], engine.sink), *chunks[index]] for index in indices]
         batch = encode_chunks(base, rows)
         suffix = Suffix(batch, len(ids) - first)
-        before = ChunkRows(batch, suffix, indices, len(chunks), tokens[first:-2], none, none)
-        sweep(base, engine.adapter, [[before]], (), positions)
-        commit([[before]], ())
-        groups.append(ChunkRows(batch, suffix, indices, len(chunks), none, tokens[split - 1 : -1], visible))
-    rows_local = torch.tensor([*head, *ids[:-1]])
-    start = local_start(len(chunks), positions)
-    local = LocalRows(rows_local, start, None, groups, shared_rows=len(head) + split, scoring=Scoring.of(engine.config))
+        group = ChunkRows(batch, suffix, indices, len(chunks), [Behind(ids[first:-2])])
+        sweep(base, engine.adapter, [[group]], (), positions)
+        commit([[group]], ())
+        group.asked = [Behind((), ids[split - 1 : -1], split - 1 - first)]
+        groups.append(group)
+    asked = Local([*head, *ids[:-1]], local_start(len(chunks), positions), len(head) + split)
+    local = LocalRows([asked], groups, scoring=Scoring.of(engine.config))
     hidden = sweep(base, engine.adapter, [[group] for group in groups], [local], positions)[0]
     return base.logits(hidden[:, split - len(ids) :])[0].float()
 
