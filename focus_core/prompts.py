@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from focus_core.config import FocusConfig
-from focus_core.model.chat import Message, Tool, fit_messages, render_messages
+from focus_core.model.chat import Message, Tool, fit_messages, render_messages, with_system
 from focus_core.model.hub import AdapterInfo
 from focus_core.text.chunking import PARAGRAPH
 from focus_core.text.corpus import Document
@@ -37,9 +37,7 @@ class Prompts:
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """Put the adapter's system turn in front of a conversation that has none, where the base knows turns."""
-        system = self.info.system if getattr(self.tokenizer.tokenizer, "chat_template", None) else None
-        missing = system is not None and bool(messages) and messages[0].role != "system"
-        return [Message("system", system), *messages] if missing and system is not None else list(messages)
+        return with_system(self.tokenizer, messages, self.info.system)
 
     def fit(
         self, messages: Sequence[Message], tools: Sequence[Tool], max_tokens: int
@@ -61,7 +59,7 @@ class Prompts:
         if template == "raw":
             return self.tokenizer.encode(text)
         question = self.info.question_template.replace("{question}", text) if template == "question" else text
-        return self.tokenizer.chat(question, self.info.system)
+        return render_messages(self.tokenizer, [Message("user", question)], system=self.info.system)
 
     def split_prompt(self, text: str, whole: int | None = None) -> tuple[str, str]:
         """Split a prompt of any length into (head, tail): the head is to become memory, the tail stays local.

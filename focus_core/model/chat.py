@@ -84,14 +84,21 @@ class Tool:
 # -- messages to ids --------------------------------------------------------------------------------------------
 
 
+def with_system(tokenizer: TextTokenizer, messages: Sequence[Message], system: str | None) -> list[Message]:
+    """Put a system turn in front of a conversation that has none, where the base's template knows turns."""
+    if system is None or not messages or messages[0].role == "system" or not _has_turns(tokenizer):
+        return list(messages)
+    return [Message("system", system), *messages]
+
+
 def render_messages(
     tokenizer: TextTokenizer,
     messages: Sequence[Message],
     tools: Sequence[Tool] = (),
     *,
-    add_generation_prompt: bool = True,
+    system: str | None = None,
 ) -> list[int]:
-    """Return the token ids of a conversation in the base's chat template.
+    """Return the token ids of a conversation in the base's chat template, with the opening of the assistant's turn.
 
     The first form that the template takes without losing a content is used: its own tools and tool turns; tools
     described in the system turn; system turns folded into user turns. Without a template the turns are plain lines.
@@ -100,23 +107,28 @@ def render_messages(
         tokenizer: the base's.
         messages: oldest first, at least one.
         tools: what the model may call.
-        add_generation_prompt: end with the opening of the assistant's turn.
+        system: see :func:`with_system`.
 
     Raises:
         ConfigError: there is no message.
     """
     if not messages:
         raise ConfigError("a conversation needs at least one message; got none")
+    messages = with_system(tokenizer, messages, system)
     described = _described(messages, tools)
-    if getattr(tokenizer.tokenizer, "chat_template", None):
+    if _has_turns(tokenizer):
         forms: list[tuple[Sequence[Message], Sequence[Tool]]] = [(described, ()), (_alternating(described), ())]
-        if described != list(messages) and _writes_calls(tokenizer):
+        if described != messages and _writes_calls(tokenizer):
             forms.insert(0, (messages, tools))
         for turns, offered in forms:
-            ids = _Rendering(tokenizer).ids(turns, offered, add_generation_prompt)
+            ids = _Rendering(tokenizer).ids(turns, offered)
             if ids is not None:
                 return ids
-    return tokenizer.encode(_plain_lines(described, add_generation_prompt))
+    return tokenizer.encode(_plain_lines(described))
+
+
+def _has_turns(tokenizer: TextTokenizer) -> bool:
+    return bool(getattr(tokenizer.tokenizer, "chat_template", None))
 
 
 class _Rendering:
@@ -128,7 +140,7 @@ class _Rendering:
         forgeable = sorted({*tokenizer.tokenizer.all_special_tokens, "\ue000", "\ue001"}, key=len, reverse=True)
         self._forgeable = re.compile("|".join(map(re.escape, forgeable)))
 
-    def ids(self, messages: Sequence[Message], tools: Sequence[Tool], opening: bool) -> list[int] | None:
+    def ids(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int] | None:
         """Return token ids, or ``None`` where the template refuses the turns or drops one's content."""
         contents = [self._mark(message.content) if message.content else "" for message in messages]
         needed = set(range(len(self.texts)))
@@ -136,7 +148,7 @@ class _Rendering:
         offered = [self._guard(tool.to_dict()) for tool in tools] or None
         apply: Any = self.tokenizer.tokenizer.apply_chat_template
         try:
-            text = str(apply(turns, tools=offered, tokenize=False, add_generation_prompt=opening))
+            text = str(apply(turns, tools=offered, tokenize=False, add_generation_prompt=True))
         except Exception:  # a template raises whatever its author chose
             return None
         ids, at = [], 0
@@ -235,11 +247,11 @@ def _alternating(messages: Sequence[Message]) -> list[Message]:
     return found
 
 
-def _plain_lines(messages: Sequence[Message], opening: bool) -> str:
+def _plain_lines(messages: Sequence[Message]) -> str:
     if len(messages) == 1:
         return f"{messages[0].content}\n"
     lines = [f"{message.role}: {message.content}" for message in messages]
-    return "\n\n".join([*lines, "assistant:"] if opening else lines) + ("" if opening else "\n")
+    return "\n\n".join([*lines, "assistant:"])
 
 
 # -- conversations longer than the window -----------------------------------------------------------------------

@@ -54,7 +54,7 @@ class Encoded:
 
 
 class TextTokenizer:
-    """A base's tokenizer, for plain text (documents) and chat turns (questions).
+    """A base's tokenizer, for plain text and for the markup of chat templates.
 
     Args:
         tokenizer: the base's, a fast one.
@@ -120,40 +120,6 @@ class TextTokenizer:
         clean[1:] = (starts[1:] >= ends[:-1]) & (starts[1:] > starts[:-1])
         return Encoded(np.array(encoding.ids, dtype=np.int64), starts, clean, len(text))
 
-    def chat(self, question: str, system: str | None = None) -> list[int]:
-        """Return the ids of one user turn in the base's chat template, ready for the answer.
-
-        The turns' text is encoded as plain text, so nothing in a question can end the turn. Without a chat template
-        the question stands alone.
-        """
-        return self.render([{"role": "user", "content": question}], system)
-
-    def render(self, messages: list[dict[str, str]], system: str | None = None) -> list[int]:
-        """Return the ids of chat messages in the base's template, with the opening of the assistant's turn."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            return self.encode("\n\n".join(message["content"] for message in messages) + "\n")
-        marks = [f"\ue000{index}\ue001" for index in range(len(messages) + 1)]
-        turns = [{**message, "content": marks[index]} for index, message in enumerate(messages)]
-        contents = [message["content"] for message in messages]
-        if system is not None and messages[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": marks[-1]})
-            contents.append(system)
-        try:
-            text = self._apply(turns)
-        except Exception:
-            if len(turns) == len(messages):
-                raise
-            text = self._apply(turns[1:])  # a template that knows no system turn
-        ids: list[int] = []
-        while True:
-            places = [(text.find(mark), mark) for mark in marks if mark in text]
-            if not places:
-                break
-            at, mark = min(places)
-            ids += self.encode_markup(text[:at]) + self.encode(contents[marks.index(mark) if mark != marks[-1] else -1])
-            text = text[at + len(mark) :]
-        return ids + self.encode_markup(text)
-
     def encode_markup(self, text: str) -> list[int]:
         """Return the ids of text that a chat template wrote: special-token strings in it are special tokens."""
         text = read_well_formed(text)
@@ -162,9 +128,6 @@ class TextTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids, special tokens left out."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def _apply(self, turns: list[dict[str, str]]) -> str:
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
 _LONG_RUNS = tuple(100_000 * space for space in " \n\t\r")  # tiktoken panics, with a backtrace, at about 500,000

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from focus_core.config import TrainConfig
 from focus_core.errors import EmptyCorpusError
+from focus_core.model.chat import Message, render_messages
 from focus_core.training.cloze import ask_about
 from focus_core.training.conversations import invent_conversation
 from focus_core.training.facts import Fact, invent_facts
@@ -321,7 +322,8 @@ class ExampleStream:
     ) -> Query:
         """Ask in the chat template: for a short phrase, or plainly where there is a sentence to say."""
         short = not sentence or rng.random() < _SHORT
-        given = self.tokenizer.chat(f"{question}\n{SHORT_ANSWER}" if short else question, SYSTEM)
+        asked = Message("user", f"{question}\n{SHORT_ANSWER}" if short else question)
+        given = render_messages(self.tokenizer, [asked], system=SYSTEM)
         targets = self.tokenizer.encode(answer if short else sentence)
         return _query(rng, given, [*targets, self.tokenizer.end_token], most_targets)
 
@@ -448,10 +450,10 @@ class ExampleStream:
     def _asked_query(self, rng: random.Random, item: Asked, most_targets: int) -> Query:
         if not item.chat:
             return self._chat_query(rng, item.question, item.answer, most_targets, item.sentence)
-        roles = ("user", "assistant")
-        messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate((*item.turns, item.question))]
+        turns = enumerate((*item.turns, item.question))
+        messages = [Message("assistant" if n % 2 else "user", text) for n, text in turns]
         targets = [*self.tokenizer.encode(item.sentence), self.tokenizer.end_token]
-        return _query(rng, self.tokenizer.render(messages, SYSTEM), targets, most_targets)
+        return _query(rng, render_messages(self.tokenizer, messages, system=SYSTEM), targets, most_targets)
 
     def _pieces(self, text: str, size: int) -> list[str]:
         """Cut a document into texts of at most ``size`` tokens, behind lines, sentences, commas or words."""

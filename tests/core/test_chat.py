@@ -51,15 +51,21 @@ def _text(tokenizer: TextTokenizer, ids: list[int]) -> str:
 
 
 def test_plain_conversations_render_as_transformers_does(tokenizer: PreTrainedTokenizerFast):
-    """Without tools the ids decode to transformers' own rendering; one question is as chat() has it."""
+    """Without tools the ids decode to transformers' own rendering, with a system turn where it is missing."""
     text = TextTokenizer(tokenizer)
     talk = [Message("user", "the cat"), Message("assistant", "sat"), Message("user", "who?")]
-    turns = [{"role": message.role, "content": message.content} for message in talk]
-    expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert _text(text, render_messages(text, talk)) == expected
-    assert render_messages(text, [Message("system", "s"), Message("user", "q")]) == text.chat("q", "s")
-    closed = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
-    assert _text(text, render_messages(text, talk, add_generation_prompt=False)) == closed
+    own = [Message("system", "s"), *talk]
+    for said in (talk, own):
+        turns = [{"role": message.role, "content": message.content} for message in said]
+        expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert _text(text, render_messages(text, said)) == expected
+    assert render_messages(text, talk, system="s") == render_messages(text, own, system="other")
+    bare = _tokenizer(None)
+    assert render_messages(bare, talk[-1:], system="s") == bare.encode("who?\n")
+    assert (
+        _text(text, render_messages(_tokenizer(STRICT), talk[-1:], system="s"))
+        == "<|user|>s\n\nwho?<|end|><|assistant|>"
+    )
 
 
 def test_a_template_with_tools_is_used():

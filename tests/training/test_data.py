@@ -13,6 +13,7 @@ import pytest
 
 from focus_core.config import TrainConfig
 from focus_core.errors import CorpusError
+from focus_core.model.chat import Message, render_messages
 from focus_core.text.tokenization import TextTokenizer
 from focus_core.training.conversations import invent_conversation
 from focus_core.training.data import NOT_THERE, ExampleStream
@@ -178,8 +179,8 @@ def test_long_answers_are_learned_to_their_end(stream):
     for _ in range(60):
         query = drawn._chat_query(rng, row.question, row.answers[0], 2)
         assert query.targets == 2
-        asked = f"{row.question}\nAnswer with a short phrase."
-        given = len(query.ids) - len(drawn.tokenizer.chat(asked, "Use the documents."))
+        asked = Message("user", f"{row.question}\nAnswer with a short phrase.")
+        given = len(query.ids) - len(render_messages(drawn.tokenizer, [asked], system="Use the documents."))
         seen |= set(range(given - 2, given))
     assert seen == set(range(len(whole)))
 
