@@ -20,6 +20,7 @@ from focus_core.answers import Answer, AnswerStream
 from focus_core.config import DecodeConfig, FocusConfig, LocalMode, Positions
 from focus_core.errors import ConfigError
 from focus_core.generation import Generation, check_cancelled
+from focus_core.hardware import free_bytes
 from focus_core.method.encoding import Check
 from focus_core.method.layout import sink_before
 from focus_core.method.passes import SharedPasses, run_together
@@ -419,6 +420,15 @@ class FocusEngine:
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of plain text."""
         return len(self.tokenizer.encode(text))
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that memory and window hold: half of the memory that is free now, as chunk KV.
+
+        This is what fits, not what an adapter answers well over; docs/experiments.md has what was measured.
+        """
+        size = self.config.chunk_size
+        return free_bytes(self.base.device) // 2 // self.encoder.shape.nbytes(size, 1) * size + self.config.window
 
     @property
     def end_tokens(self) -> frozenset[int]:

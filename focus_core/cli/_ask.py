@@ -216,7 +216,6 @@ def info(
         documents = load_documents(paths, skipped=skipped, strict=strict)
         chunks = [chunk for document in documents for chunk in engine.encoder.cut(document)]
         tokens = sum(len(chunk.ids) for chunk in chunks)
-        each = (engine.base.num_layers - 1) * 2 * engine.base.num_kv_heads * engine.base.head_dim
         with waiting("measuring this machine"):
             speed = measure_prefill(engine, min(engine.config.chunk_size, max(len(chunk.ids) for chunk in chunks)))
         facts |= {
@@ -224,7 +223,7 @@ def info(
             "characters": sum(len(document.text) for document in documents),
             "tokens": tokens,
             "chunks": len(chunks),
-            "chunk KV bytes": (tokens + len(chunks)) * each * engine.base.dtype.itemsize,
+            "chunk KV bytes": engine.encoder.shape.nbytes(tokens + len(chunks), len(chunks)),
             "seconds to read": round(tokens / speed, 1),
         }
     if memory is not None:

@@ -18,6 +18,7 @@ from focus_core.answers import Answer
 from focus_core.engine import FocusEngine
 from focus_core.errors import CancelledError, ConfigError
 from focus_core.generation import check_cancelled
+from focus_core.method.encoding import kv_shape
 from focus_core.model.chat import Message, Tool, render_messages
 from focus_core.model.tool_calls import ToolCall
 from focus_core.server.access import Caller
@@ -203,13 +204,12 @@ class Answering:
 
     def _suffix_bytes(self, caller: Caller, job: Job) -> int:
         """Return the bytes that the answer's suffixes will take: what a request costs beside the chunk KV it shares."""
-        base, config = self.engine.base, self.engine.config
-        row = 2 * (base.num_layers - 1) * base.num_kv_heads * base.head_dim * base.dtype.itemsize
+        config = self.engine.config
         attached = [len(one.text) for one in job.request.documents]
         prompt = min(config.prompt_length, sum(map(len, job.texts)) - sum(attached))
         chunks = self.memories.chunks(caller.tenant, job.memories)
         chunks += sum(1 + length // config.chunk_size for length in attached)
-        return int(chunks * (prompt + job.request.decode.max_tokens) * row)
+        return kv_shape(self.engine.base).nbytes(chunks * (prompt + job.request.decode.max_tokens), 0)
 
 
 def _finished(job: Job, call: Call, text: str) -> Finished:

@@ -34,8 +34,6 @@ from focus_core.text.corpus import canonical
 PROVIDER = "focusllm"
 CONFIG = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True, protected_namespaces=(), extra="forbid")
 """Of every model class: an unknown parameter is an error, not ignored."""
-CAPACITY = 1_000_000
-"""Tokens that a prompt may have: memory has no window, so this is what a laptop's RAM holds of chunk KV."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from focus_core.session import concurrency
 from focus_core.session.openai import to_choice, to_schema, to_tools
 from focus_core.session.request import Call, Request, seconds_of
 from focus_integrations.langchain._messages import to_messages
-from focus_integrations.langchain._model import CAPACITY, CONFIG, PROVIDER, Asked, FocusModel, running, usage_of
+from focus_integrations.langchain._model import CONFIG, PROVIDER, Asked, FocusModel, running, usage_of
 
 _KNOWN = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "strict", "stream")
 
@@ -59,6 +59,9 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
 
     model_config = CONFIG
 
+    context_window: int | None = None
+    """Tokens to report in ``profile``; what free memory holds as chunk KV if None and ``engine`` is given."""
+
     @model_validator(mode="after")
     def _set_focusllm_version(self) -> Self:
         self._add_version("focusllm", __version__)
@@ -80,9 +83,10 @@ class ChatFocusLLM(FocusModel, BaseChatModel):
         return str(sorted({**self._facts(given), "ends": stop}.items()))
 
     def _resolve_model_profile(self) -> Any:
+        capacity = self.context_window or (self.engine.capacity if self.engine is not None else None)
         return {
             "name": self.model or PROVIDER,
-            "max_input_tokens": CAPACITY,
+            **({"max_input_tokens": capacity} if capacity is not None else {}),
             "max_output_tokens": 2048,
             "text_inputs": True,
             "text_outputs": True,

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from focus_core.engine import FocusEngine
 from focus_core.generation import check_cancelled
-from focus_core.hardware import free_bytes
 from focus_core.model.chat import Message
 from focus_core.prompts import Template
 from focus_core.session.arguments import refuse_unknown
@@ -92,13 +91,3 @@ def start(
         )
 
     return begin(llm.engine, request, hold, cancelled)
-
-
-def capacity(engine: FocusEngine) -> int:
-    """Return the tokens that memory and window hold: half of the memory that is free now, as chunk KV.
-
-    This is what fits, not what an adapter answers well over; docs/experiments.md has what was measured.
-    """
-    base = engine.base
-    per_token = 2 * (base.num_layers - 1) * base.num_kv_heads * base.head_dim * base.dtype.itemsize
-    return int(free_bytes(base.device) // 2 // per_token) + engine.config.window

@@ -46,7 +46,7 @@ from focus_core.session.pieces import trimmed
 from focus_core.session.request import seconds_of
 from focus_core.session.settings import AnswerSettings
 from focus_integrations.llama_index._messages import about, blocks_of, citations_of, message_of, texts_of, to_messages
-from focus_integrations.llama_index._request import MemorySource, capacity, start
+from focus_integrations.llama_index._request import MemorySource, start
 
 dispatcher = get_dispatcher(__name__)
 Response = TypeVar("Response", CompletionResponse, ChatResponse)
@@ -96,7 +96,7 @@ class FocusLLM(AnswerSettings, FunctionCallingLLM):
     def metadata(self) -> LLMMetadata:
         """Tell how much a prompt may hold (memory plus local context) and what the model can do."""
         if self._capacity is None:
-            self._capacity = self.context_window or capacity(self.engine)
+            self._capacity = self.context_window or self.engine.capacity
         return LLMMetadata(
             context_window=self._capacity,
             num_output=self.max_tokens,

@@ -72,3 +72,11 @@ def test_bad_tools_schemas_and_messages_are_named():
     with pytest.raises(ConfigError, match="OpenAI's form"):
         chat.invoke("x", tools=[{"name": "f"}])
     assert chat.profile["tool_calling"]
+
+
+def test_the_profile_tells_what_memory_holds(monkeypatch):
+    """What is free as chunk KV where there is an engine, a setting before that, and nothing where none is loaded."""
+    monkeypatch.setattr("focus_core.engine.free_bytes", lambda device: 10**9)
+    assert ChatFocusLLM(engine=ENGINE).profile["max_input_tokens"] == ENGINE.capacity > ENGINE.config.window
+    assert ChatFocusLLM(engine=ENGINE, context_window=77).profile["max_input_tokens"] == 77
+    assert "max_input_tokens" not in ChatFocusLLM().profile

@@ -126,11 +126,13 @@ def test_a_summary_index_hands_over_every_node(engine):
         asyncio.set_event_loop(None)
 
 
-def test_capacity_is_what_memory_holds(engine):
+def test_capacity_is_what_memory_holds(engine, monkeypatch):
     """The window reported is half of free memory as chunk KV and the local window; a setting overrides it."""
-    reported = FocusLLM(engine=engine).metadata.context_window
-    assert reported > 100_000
-    assert reported == FocusLLM(engine=engine).metadata.context_window or reported > 1024
+    base, size = engine.base, engine.config.chunk_size
+    token = 2 * (base.num_layers - 1) * base.num_kv_heads * base.head_dim * base.dtype.itemsize
+    free, window = 10_000 * token * 2 * (size + 4), engine.config.window
+    monkeypatch.setattr("focus_core.engine.free_bytes", lambda device: free)
+    assert FocusLLM(engine=engine).metadata.context_window == 10_000 * size + window
     assert FocusLLM(engine=engine, context_window=5000).metadata.context_window == 5000
 
 
