@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from focus_core.evaluation.methods.registry import Method
     from focus_core.evaluation.report.tables import Plan
 
-OWN_TABLES = ("perplexity", "heads", "supported", "mine")
+OWN_TABLES = {
+    "perplexity": "the end of long texts, with memory and without",
+    "heads": "which heads' attention names the sources best; needs --file",
+    "supported": "fits the probability that memory holds an answer; needs --file",
+    "mine": "your own questions over your own files; needs --questions and files",
+}
 RELEASE_SEED = 1_000_003  # generated trials of a release are none that development has seen
 
 
@@ -69,7 +74,9 @@ def evaluate(
     from focus_core.evaluation.tasks.registry import TASKS, TaskOptions
 
     if task not in TASKS and task not in OWN_TABLES:
-        raise ConfigError(f"unknown task {task!r}; choose {', '.join([*TASKS, *OWN_TABLES])}")
+        known = {name: one.summary for name, one in TASKS.items()} | OWN_TABLES
+        lines = [f"{name:<15} {summary}" for name, summary in known.items()]
+        raise ConfigError("\n  ".join([f"unknown task {task!r}; choose", *lines]))
     if paths and task != "mine":
         raise ConfigError(f"{task} takes no files and folders, but got {paths[0]!r}; data are given with --file")
     if task == "mine":

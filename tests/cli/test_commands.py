@@ -163,7 +163,7 @@ def test_eval_questions_and_heads(run, tmp_path):
         (["ask", "who?", "FILES", "--memory", "FILES"], 3, "no saved memory in"),
         (["index", "FILES"], 2, "--name contracts"),
         (["ask", "who?", "FILES", "--chunk-size", "4000"], 2, "chunk_size must be at most"),
-        (["eval", "riddles"], 2, "unknown task 'riddles'; choose passkey, questions,"),
+        (["eval", "riddles"], 2, "unknown task 'riddles'; choose passkey one number in a long text"),
         (["ask"], 2, "Missing argument"),
     ],
 )

@@ -18,7 +18,7 @@ from focus_core.evaluation.suite_metrics import Measure
 from focus_core.evaluation.tasks.babilong import read_stories
 from focus_core.evaluation.tasks.haystack import FILLER
 from focus_core.evaluation.tasks.passkey import ASK, HEAD
-from focus_core.evaluation.tasks.registry import TASKS, TaskOptions, find_task
+from focus_core.evaluation.tasks.registry import TASKS, TaskOptions
 from focus_core.text.tokenization import TextTokenizer
 
 NOVEL = "\n\n".join(
@@ -50,7 +50,7 @@ def natural(options, tmp_path):
 
 
 def make(name, options):
-    return list(find_task(name).make(options))
+    return list(TASKS[name].make(options))
 
 
 def text_of(trial):

@@ -32,7 +32,7 @@ from focus_core.evaluation.tasks.two_documents import two_documents
 from focus_core.evaluation.trial import Trial
 from focus_core.text.tokenization import TextTokenizer
 
-__all__ = ["TASKS", "Task", "TaskOptions", "Trial", "find_task", "multi_document", "passkey"]
+__all__ = ["TASKS", "Task", "TaskOptions", "Trial", "multi_document", "passkey"]
 
 Varies = Literal["lengths", "documents", "nothing"]
 
@@ -115,7 +115,7 @@ class Task:
 
     Args:
         name: as a user types it.
-        summary: one line for the help text.
+        summary: one line for the list that an unknown name brings.
         make: yields trials.
         max_tokens: of an answer.
         varies: which option makes the rows of its table.
@@ -262,14 +262,3 @@ TASKS: dict[str, Task] = {
         Task("infinitebench", "an InfiniteBench file; needs --file", _from_file(infinitebench), 48, "nothing"),
     )
 }
-
-
-def find_task(name: str) -> Task:
-    """Return a task by name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in TASKS:
-        raise ConfigError(f"unknown task {name!r}; choose {', '.join(TASKS)}")
-    return TASKS[name]
