@@ -14,11 +14,11 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from focus_core.config import TrainConfig
 from focus_core.errors import EmptyCorpusError
 from focus_core.model.chat import Message, render_messages
+from focus_core.text.tokenization import TextTokenizer
 from focus_core.training.cloze import ask_about
 from focus_core.training.conversations import invent_conversation
 from focus_core.training.facts import Fact, invent_facts
@@ -46,19 +46,6 @@ _GOLD_READ, _NEAR_READ = 0.7, 0.85  # of what is read whole: the gold passages a
 _LONGEST_PROMPT = 4  # where all of a local context runs behind the chunks: so many times the targets there is room for
 
 
-class Tokenizer(Protocol):
-    """The little that example drawing needs of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def chat(self, question: str, system: str | None = None) -> list[int]: ...
-
-    def render(self, messages: list[dict[str, str]], system: str | None = None) -> list[int]: ...
-
-    @property
-    def end_token(self) -> int: ...
-
-
 class ExampleStream:
     """Draws examples of the mixed objectives.
 
@@ -72,7 +59,7 @@ class ExampleStream:
     def __init__(
         self,
         texts: TrainingTexts,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         config: TrainConfig,
         others: Sequence[QuestionRow] | None = None,
     ) -> None:
