@@ -29,6 +29,7 @@ def test_ask_prints_answer_and_sources(run, files):
     assert "chunks," in err
 
 
+@pytest.mark.slow
 def test_ask_json_heatmap_and_stdin(run, files, tmp_path):
     """--json prints one object with exact spans; --heatmap writes an image; - reads standard input."""
     code, out, _ = run("ask", "who?", files, "--json", "--max-tokens", 4, "--heatmap", tmp_path / "map.png")
@@ -44,6 +45,7 @@ def test_ask_json_heatmap_and_stdin(run, files, tmp_path):
     assert json.loads(out)["finish_reason"] in ("length", "stop")
 
 
+@pytest.mark.slow
 def test_a_memory_is_kept_extended_and_pruned(run, files, tmp_path):
     """index writes a memory; ask reads it without files; a changed file is read again; --sync forgets vanished ones."""
     memory = tmp_path / "memory"
@@ -100,6 +102,7 @@ def test_info_estimates_before_reading(run, files):
     assert "untrained" in out
 
 
+@pytest.mark.slow
 def test_train_makes_an_adapter_that_ask_uses(run, base_folder, files, tmp_path):
     """train writes adapter and log and resumes; the adapter answers with --adapter."""
     (files / "a.txt").write_text("the cat sat on the mat. " * 120)
@@ -122,6 +125,7 @@ def test_train_makes_an_adapter_that_ask_uses(run, base_folder, files, tmp_path)
     assert json.loads(out)["usage"]["generated"] >= 1
 
 
+@pytest.mark.slow
 def test_eval_makes_a_table_and_resumes(run, tmp_path):
     """Two passkey trials by two methods give predictions and metrics; a second run asks nothing again."""
     arguments = ["eval", "passkey", "--lengths", "200", "--chunk-sizes", "48", "--trials", 2, "--output", tmp_path]
@@ -137,6 +141,7 @@ def test_eval_makes_a_table_and_resumes(run, tmp_path):
     assert (tmp_path / "passkey-200-c48.focusllm.jsonl").read_text() == rows
 
 
+@pytest.mark.slow
 def test_eval_questions_and_heads(run, tmp_path):
     """Questions over three documents by every baseline; heads names at least one (layer, head)."""
     rows = [
@@ -154,6 +159,7 @@ def test_eval_questions_and_heads(run, tmp_path):
     assert json.loads(out)["trials"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -26,6 +26,7 @@ def files(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_collection_by_its_name(run, own, files):
     """index --name, then list, show, ask and chat by the name; only what changed is read again; remove and prune."""
     assert "2 new" in run("index", files, "--name", "contracts")[2]
@@ -69,6 +70,7 @@ def test_verify_finds_and_mends(run, own, files, base_folder):
     assert run("verify", model=False)[0] == 0
 
 
+@pytest.mark.slow
 def test_export_and_import(run, own, files, tmp_path, monkeypatch):
     """One file carries a collection to another store; it answers equally; a damaged file is refused, nothing kept."""
     run("index", files, "--name", "x")
@@ -96,6 +98,7 @@ def _flipped(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

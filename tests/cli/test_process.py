@@ -30,6 +30,7 @@ def _python(code, **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["focus_core", "focus_integrations.langchain", "focus_integrations.llama_index"])
 def test_importing_a_package_loads_no_torch(module):
     """Torch and the frameworks come with the first name that is used; every public name is there, and no other."""
@@ -50,6 +51,7 @@ def test_modules_are_attributes_as_ever():
     assert _python("import focus_core\nprint(json.dumps(focus_core.errors.FocusError.__name__))") == "FocusError"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"], ["train", "--help"], ["ask", "--nonsense"]])
 def test_help_and_usage_errors_load_no_torch(arguments):
     """What is asked of the command line alone is answered by it alone."""
@@ -68,6 +70,7 @@ _PREPARED = (
 )
 
 
+@pytest.mark.slow
 def test_a_command_chooses_threads_before_torch_loads():
     """Passive waiting and as many threads as this process has cores; what the user has set stays."""
     cores = _process.cores()
@@ -75,6 +78,7 @@ def test_a_command_chooses_threads_before_torch_loads():
     assert _python(_PREPARED, OMP_WAIT_POLICY="active", OMP_NUM_THREADS="1") == ["active", "1", 1]
 
 
+@pytest.mark.slow
 def test_the_library_leaves_its_host_program_alone():
     """Importing and using the package changes no variable of the environment and no thread count."""
     code = (
@@ -150,6 +154,7 @@ def test_file_names_stay_whole_at_80_columns(run, tmp_path, monkeypatch):
     assert all(len(line) <= 80 for line in passages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "message"),
     [

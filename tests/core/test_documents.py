@@ -149,6 +149,7 @@ def test_half_a_surrogate_pair_in_a_file_is_replaced_with_a_notice(encoding: str
 # -- documents --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @converts
 def test_a_folder_of_everything_is_read_with_page_citations(run: Any, tmp_path: Path) -> None:
     """One index command, one question: each file is there, each passage cited is the converted text's, on its page."""
@@ -207,6 +208,7 @@ def test_what_was_converted_is_not_converted_again(make_engine: Any, tmp_path: P
     assert len(place.open().listing("x")) == 2
 
 
+@pytest.mark.slow
 @converts
 @pytest.mark.parametrize("name", ["a.docx", "a.xlsx", "a.pptx", "a.epub", "a"])
 def test_a_zip_bomb_is_refused(name: str, converter: Converter) -> None:
@@ -236,6 +238,7 @@ def test_damaged_and_empty_documents_are_named(converter: Converter) -> None:
     assert document_of("a.pdf", whole, converter=converter).text.strip() == "the cat"
 
 
+@pytest.mark.slow
 def test_a_converter_that_hangs_or_eats_memory_is_stopped_and_named(fake: None) -> None:
     """Time, memory, a crash, an error: each a message, none takes the next document with it."""
     started = time.monotonic()

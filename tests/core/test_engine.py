@@ -42,6 +42,7 @@ from tests.conftest import byte_fallback_tokenizer, perturb, tiny_model
 DOCUMENTS = ["the cat sat on the mat. " * 12, "a dog ate the hat? yes! " * 3, "漢字🙂 " * 12]
 
 
+@pytest.mark.slow
 def test_sampling_options_and_seeds(make_engine):
     """Equal seeds give equal tokens, others differ; top_k=1 is greedy; logprobs name the greedy token first."""
     engine = make_engine()
@@ -163,6 +164,7 @@ def test_rereading_takes_the_chunk_with_most_attention(make_engine):
     assert (closer.usage.kept, plain.usage.kept) == (3, 3)
 
 
+@pytest.mark.slow
 def test_what_is_read_whole_is_bounded(make_engine):
     """Nothing within the budget == the paper's method; a share of attention, a number, and the adapter bound it too."""
     engine = make_engine("llama", heads=((1, 2),), scale=0.5)
@@ -370,6 +372,7 @@ def test_a_chunk_row_never_passes_the_window(make_engine):
         engine.answer("who?", memory, max_tokens=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_round_trip(family, tmp_path, tokenizer):
     """Saved and loaded candidates are equal (int8 differences to half a step); another base's are refused."""
@@ -426,6 +429,7 @@ def test_from_pretrained_reads_a_local_folder(tmp_path, tokenizer):
         find_adapter(tmp_path / "nowhere", engine.loaded)
 
 
+@pytest.mark.slow
 def test_heatmap_draws_and_refuses_nothing(make_engine, tmp_path):
     """An image appears; without recorded attention there is a message instead."""
     engine = make_engine()
@@ -436,6 +440,7 @@ def test_heatmap_draws_and_refuses_nothing(make_engine, tmp_path):
         save_heatmap(engine.answer("who?", max_tokens=1).attention, ["a"], [], tmp_path / "map.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ask", ["answer", "stream", "reread", "many", "cancelled"])
 def test_an_answered_question_lets_its_memory_go(make_engine, ask):
     """Chunk KV is freed with the last name of the memory, without waiting for Python's garbage collector."""

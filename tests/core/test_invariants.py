@@ -93,6 +93,7 @@ def test_1_a_second_adapter_is_refused():
         CandidateAdapter(BaseDecoder(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_2_no_chunks_is_the_bases_own_greedy(family, make_engine):
     """Tokens of the engine without memory == transformers' generate."""
@@ -126,6 +127,7 @@ def test_2_local_rows_stay_within_a_sliding_window(family, make_engine):
     assert engine.stream_ids(ids[:8], memory, max_tokens=4).answer.usage.chunks > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sink", [0, None])
 @pytest.mark.parametrize("mode", ["incremental", "exact"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -154,6 +156,7 @@ def test_3_engine_equals_the_oracle(family, mode, sink, make_engine):
         engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_3_equal_chunks_share_a_row_and_count_each(family, make_engine):
     """Logits over chunks that repeat == the oracle's, which reads each by itself; every copy is attended to alike."""
@@ -224,6 +227,7 @@ def test_3_chunk_kv_is_moved_in_rotary_incremental_bases_alone(make_engine):
             reading.read_whole([0], moved=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["incremental", "exact"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
 def test_3_narrowing_equals_the_oracle_with_those_chunks_alone(family, mode, make_engine):
@@ -283,6 +287,7 @@ def test_4_a_moved_key_is_the_key_computed_there(family):
         assert bool((there - here).abs().max() > 1e-3) == bool(table.any())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_5_training_scores_what_decoding_says(family, make_engine):
     """log p of each target in the dense pass == the log-probability that incremental decoding reports."""
@@ -363,6 +368,7 @@ def test_8_cancelled_and_failed_work_changes_nothing(make_engine):
     assert torch.equal(_first_logits(engine, memory), before)
 
 
+@pytest.mark.slow
 def test_8_concurrent_answers_equal_single_ones(make_engine):
     """Eight answers in threads, with seeds, == the same answers one after the other."""
     engine = make_engine()

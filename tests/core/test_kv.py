@@ -63,6 +63,7 @@ def test_formats_are_as_small_as_they_say(written):
     assert {"base": 1.0, "int8": 0.54, "int4": 0.32}[written] == pytest.approx(share, abs=0.02)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.lists(st.integers(1, 150), min_size=1, max_size=5), min_size=1, max_size=10),

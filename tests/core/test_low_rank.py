@@ -48,6 +48,7 @@ def test_without_candidates_it_is_the_base_and_the_fingerprint_is_the_bases(fami
     assert not any(isinstance(module, CandidateLinear) for module in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_the_whole_matrix_that_it_stands_for(family, tokenizer):
     """Oracle with W + up @ down in the place of W, float64 == the engine's logits, step by step."""

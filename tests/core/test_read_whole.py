@@ -10,6 +10,7 @@ from tests.core.test_invariants import CHUNKS, LOCAL, _memory_of, build, candida
 from tests.oracle import Oracle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["incremental", "exact"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
 def test_3_reading_whole_equals_the_oracle(family, mode, make_engine):
@@ -37,6 +38,7 @@ def test_3_reading_whole_equals_the_oracle(family, mode, make_engine):
         assert (reading.whole, reading.candidates, reading.reread_tokens) == ([1, 4], len(chunks) - 2, len(front))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_3_a_whole_memory_is_the_base_on_its_window(family, make_engine):
     """Every chunk read whole == transformers' own forward over their tokens and the question, exactly placed."""

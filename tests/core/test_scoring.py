@@ -62,6 +62,7 @@ class ScoredOracle(Oracle):
         return (weights @ value).transpose(1, 2), None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bias", "top", "first"), [("log_k", 0, 0), ("none", 2, 0), ("log_k", 1, 0), ("none", 9, 0), ("none", 0, 1)]
 )

@@ -62,6 +62,7 @@ def counted(engine, lengths):
     return count
 
 
+@pytest.mark.slow
 def test_a_step_is_few_operations_whatever_lies_in_memory(engine):
     """At most 2,600 at 8, 24 and 275 chunks; the same for equal and for ragged ones, and nothing waits inside."""
     several = {name: counted(engine, lengths) for name, lengths in {

@@ -376,6 +376,7 @@ def test_names_of_any_bytes_are_saved(make_engine, tmp_path):
 # -- conversations ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_conversation_is_not_written_into_the_users_memory(make_engine, tmp_path):
     """Twelve turns that outgrow the window leave the store's chunks and documents as they were."""
     engine = make_engine()

@@ -42,6 +42,7 @@ PIECES = [
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=5), min_size=1, max_size=60).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(texts)
 def test_fast_ids_and_offsets_are_the_models_own(text):
@@ -152,6 +153,7 @@ def test_other_tokenizers_take_their_own_path():
         TextTokenizer(Slow())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [" " * 1_000_000, "\u00a0" * 700_000])
 def test_a_long_run_of_spaces_is_read(run):
     """A million spaces, a run that makes tiktoken panic: the ids of the model's own tokenizer."""

@@ -28,6 +28,7 @@ def saved(tmp_path_factory):
     return tmp_path_factory.mktemp("saved")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["base", "int8", "int4"])
 def test_any_budget_gives_the_answer_of_no_budget(make_engine, saved, form):
     """Logits with every layer in memory == with some == with none, bit for bit, in each format."""
@@ -82,6 +83,7 @@ def test_opening_reads_no_chunk_kv(make_engine, tmp_path, monkeypatch):
     assert len(read) == engine.encoder.shape.layers * memory.state.slabs[0].kv.size  # and once a layer, not a step
 
 
+@pytest.mark.slow
 def test_damage_is_found_at_first_touch(make_engine, tmp_path):
     """A flipped byte in one layer, a cut or lost file: the question is refused with what to do, the engine goes on."""
     engine = make_engine(memory_budget=0)
@@ -156,6 +158,7 @@ OPERATIONS = st.lists(
 )
 
 
+@pytest.mark.slow
 def test_any_history_equals_building_from_scratch(make_engine, tmp_path_factory):
     """Add, remove, update, reopen, index beside it, in any order: catalogue exactly, chunk KV and logits to 1e-5; a
     subset is a memory of that subset.

@@ -81,6 +81,7 @@ def test_chat_openai_reads_memories_and_streams(scripted: Running) -> None:
     assert whole.usage_metadata == message.usage_metadata
 
 
+@pytest.mark.slow
 async def test_llama_index_open_ai_like(scripted: Running) -> None:
     module = pytest.importorskip("llama_index.llms.openai_like", reason="needs llama-index-llms-openai-like")
     from llama_index.core.llms import ChatMessage

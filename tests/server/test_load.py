@@ -74,6 +74,7 @@ async def test_a_full_queue_refuses_and_a_cancelled_wait_frees_its_place() -> No
     assert (admission.running, admission.waiting) == (0, 0)
 
 
+@pytest.mark.slow
 def test_one_request_too_many_is_429_with_a_time(tmp_path: Path) -> None:
     with serving(tiny_engine(EndlessEngine), tmp_path, running=1, waiting=1) as running:
         answers: list[httpx.Response] = []
@@ -95,6 +96,7 @@ def test_one_request_too_many_is_429_with_a_time(tmp_path: Path) -> None:
     assert busy.json()["error"]["code"] == "queue_full"
 
 
+@pytest.mark.slow
 def test_an_answer_has_a_time_limit(tmp_path: Path) -> None:
     with serving(tiny_engine(EndlessEngine), tmp_path, seconds=0.5) as running, running.client() as client:
         answer = client.post("/v1/chat/completions", json=_body(running, "who", max_tokens=7000))
@@ -103,6 +105,7 @@ def test_an_answer_has_a_time_limit(tmp_path: Path) -> None:
         assert client.post("/v1/chat/completions", json=_body(running, "who", max_tokens=2)).status_code == 200
 
 
+@pytest.mark.slow
 async def test_answers_together_equal_each_alone(tmp_path: Path) -> None:
     """In float32 what runs together is what runs alone, whichever memories are read."""
     questions = [f"question {number} about the {word}" for number, word in enumerate(["cat", "dog", "hat", "mat"] * 4)]

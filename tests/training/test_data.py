@@ -72,6 +72,7 @@ def test_a_row_given_twice_is_read_once(tmp_path):
     assert len(read.questions) == 2
 
 
+@pytest.mark.slow
 def test_instruction_files_hold_question_rows(shared_data):
     """The T0 training files give several hundred rows whose passage holds the answer."""
     rows = read_training_texts([shared_data / "train" / "t0_instruct"]).questions
@@ -268,6 +269,7 @@ def test_a_sentence_is_said_where_no_short_phrase_is_asked_for(tmp_path, tokeniz
     assert seen == {(True, True), (True, False), (False, True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["question", "needle", "form", "conversation", "pair"])
 def test_passages_read_whole_are_chunks_of_the_memory(kind, tmp_path, tokenizer):
     """Whole chunks in memory order, within the budget; the gold one among them, wrong ones, or none at all."""

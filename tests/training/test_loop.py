@@ -74,6 +74,7 @@ def _run(family, data, output, tokenizer, steps=3, stop_after=None, finish=None,
     return model, adapter, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_and_its_base_stays(family, data, tmp_path, tokenizer):
     """After three steps every candidate matrix but the last layer's q and o has moved; no base weight has."""
@@ -90,6 +91,7 @@ def test_every_family_trains_and_its_base_stays(family, data, tmp_path, tokenize
     assert moved == set(own) - {"layers.2.q_proj.weight", "layers.2.o_proj.weight"}
 
 
+@pytest.mark.slow
 def test_it_learns(data, tmp_path, tokenizer):
     """The loss of the last ten of 60 steps is clearly below that of the first ten."""
     mix = {"reconstruction": 1.0}
@@ -97,6 +99,7 @@ def test_it_learns(data, tmp_path, tokenizer):
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_exactly(data, tmp_path, tokenizer):
     """Losses and weights of stop-and-resume == those of the unbroken run; other settings are refused."""
     _, whole, losses = _run("llama", data, tmp_path / "a", tokenizer, steps=6)
@@ -112,6 +115,7 @@ def test_a_stopped_run_resumes_exactly(data, tmp_path, tokenizer):
         _run("llama", data, tmp_path / "b", tokenizer, steps=7)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_finishes_with_its_rate_falling_to_zero(data, tmp_path, tokenizer):
     """After 3 of 50 steps, finish=4: four more whose rate falls evenly to zero; stopped within, it goes on so."""
     _run("llama", data, tmp_path / "a", tokenizer, steps=50, stop_after=3)
@@ -128,6 +132,7 @@ def test_a_stopped_run_finishes_with_its_rate_falling_to_zero(data, tmp_path, to
     assert _run("llama", data, tmp_path / "b", tokenizer, steps=50, finish=9)[2] == []  # it has ended
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_with_gradient_checkpointing(data, tmp_path, tokenizer):
     """Stopped for want of memory, resumed with less: the losses of the unbroken run."""
     _, _, losses = _run("llama", data, tmp_path / "a", tokenizer, steps=6)

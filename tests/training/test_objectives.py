@@ -61,6 +61,7 @@ def test_a_short_dynamic_prompt_is_scored_as_decoded(family, positions, prompt, 
     assert torch.allclose(dense, whole, atol=1e-5) == (prompt >= 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "positions"), [("llama", "shared"), ("gemma2", "ordered"), ("opt", "ordered")])
 @pytest.mark.parametrize("prompt", [2, None])
 @pytest.mark.parametrize("whole", [(1,), (2, 0), (0, 1, 2)])

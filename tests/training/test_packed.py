@@ -43,6 +43,7 @@ def _one_by_one(base, adapter, chunks, query, positions, scoring):
     return base.logits(hidden[:, -query.targets :])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scoring", [Scoring(), Scoring("log_k", 2), Scoring(first_layer=1)])
 @pytest.mark.parametrize(
     ("family", "positions"),
@@ -75,6 +76,7 @@ def test_packed_equals_one_by_one_with_its_gradients(family, positions, scoring)
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox", "opt"])
 def test_gradient_checkpointing_changes_nothing(family):
     """The same logits and the same gradients, and far fewer tensors kept for the backward pass."""

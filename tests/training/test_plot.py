@@ -18,6 +18,7 @@ from tests.training.test_run import (
 )
 
 
+@pytest.mark.slow
 def test_train_shows_losses_and_draws_them(command, tmp_path):
     """The command tells held-out losses and where picture, best and last adapter are; plot-loss draws again."""
     code, err = command("--steps", 2, "--eval-every", 1, "--dtype", "float32", "--compact")

@@ -81,6 +81,7 @@ def _log(output):
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["accelerate", "workers"])
 def test_two_processes_take_the_steps_of_one(launcher, tokenizer, book, tmp_path):
     """Two gloo processes, four passes (`accelerate launch`, `--workers 2`): losses, moments, weights == one's."""
@@ -131,6 +132,7 @@ def test_shipped_recipes_and_launch_files_load():
     assert kinds["accelerate-cpu"].num_processes == 2
 
 
+@pytest.mark.slow
 def test_passes_give_the_gradient_of_one_pass(tokenizer, book, tmp_path):
     """Losses and gradient norms with one example a pass == with all four together; five do not divide."""
     runs = {}
@@ -144,6 +146,7 @@ def test_passes_give_the_gradient_of_one_pass(tokenizer, book, tmp_path):
         _train(tokenizer, book, tmp_path / "three", examples_per_pass=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_to_an_adapter_that_loads(family, tokenizer, book, tmp_path):
     """Two steps with a teacher, held-out loss and short prompts: finite losses, last and best adapters load."""
@@ -161,6 +164,7 @@ def test_every_family_trains_to_an_adapter_that_loads(family, tokenizer, book, t
     assert info.focus.positions == positions
 
 
+@pytest.mark.slow
 def test_the_best_adapter_stays_beside_the_last(tokenizer, book, tmp_path):
     """best/ is the adapter of the step with the lowest held-out loss; stopping in between changes nothing."""
     changes = {"eval_every": 2, "eval_examples": 3, "learning_rate": 0.3}  # so high that the loss rises again
@@ -213,6 +217,7 @@ def test_a_killed_run_does_not_log_twice(tmp_path):
     assert len(log.read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_failing_step_keeps_what_was_done(tokenizer, book, tmp_path):
     """An error in step 3 leaves a checkpoint after step 2, and the run goes on with the unbroken run's losses."""
     _, losses = _train(tokenizer, book, tmp_path / "a", steps=4)
@@ -244,6 +249,7 @@ def _files_of(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_another_one_is_refused_before_anything_is_written(tokenizer, book, tmp_path):
     """Another rate, base of equal shape, data or --init in the same folder: refused; every file stays as it was."""
     output = tmp_path / "run"
@@ -278,6 +284,7 @@ def test_a_run_that_is_another_one_is_refused_before_anything_is_written(tokeniz
     assert rest == losses[2:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data[:8] + b"!"]
 )
@@ -342,6 +349,7 @@ def command(book, tmp_path, base_folder, run):
     return invoke
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True])
 def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(ignored, command, tmp_path):
     """SIGTERM, in a shell job that ignores SIGINT too: exit 143, a checkpoint, and the next run goes on from it."""
@@ -396,6 +404,7 @@ def test_any_setting_can_be_set_and_tokens_bound_the_run(command, tmp_path):
         assert message in err
 
 
+@pytest.mark.slow
 def test_a_run_from_another_adapter_adds_to_what_that_has_seen(command, tmp_path):
     """Steps and tokens add up, the largest k stays, and so do the heads that name sources."""
     assert command("--steps", 2)[0] == 0
