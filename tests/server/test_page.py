@@ -77,6 +77,11 @@ def test_from_nothing_to_the_passage(page: Any, tmp_path: Path) -> None:
     sync_api.expect(page.locator("#passage-source")).to_contain_text("note.txt, characters 0 to")
 
 
+def test_what_is_hidden_is_not_seen(page: Any) -> None:
+    for name in ("#key-form", "#indexing", "#map-section", "#passage-section", "#supported"):
+        sync_api.expect(page.locator(name)).to_be_hidden()
+
+
 def test_the_map_is_walked_by_keys(page: Any) -> None:
     page.locator("#memory").select_option("nasty")
     page.get_by_label("Ask about the memory").fill("who sat")
