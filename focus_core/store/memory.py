@@ -369,6 +369,7 @@ class Memory:
         missing = self._fetch(keys, kv)
         done = sum(tokens) - sum(tokens[row] for row in missing)
         most = _BATCH_TOKENS.get(encoder.base.device.type, 4096)
+        progress(done)
         while missing:
             check()
             count = max(1, min(len(missing), most // kv.lengths[missing[0]]))
