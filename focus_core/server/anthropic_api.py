@@ -229,7 +229,7 @@ def _message(finished: Finished, job: Job, key: str, model: str) -> dict[str, An
         {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments} for call in finished.calls
     ]
     ended = {"stop_reason": _reason(finished), "stop_sequence": finished.stop, "usage": _usage(finished)}
-    return {**_head(key, model), "content": content, **ended}
+    return {**_head(key, model), "content": content, **ended, "supported": finished.answer.supported}
 
 
 async def _events(answering: Answering, caller: Caller, job: Job, key: str, model: str) -> AsyncIterator[str]:
@@ -249,7 +249,7 @@ async def _events(answering: Answering, caller: Caller, job: Job, key: str, mode
                     for name, data in blocks.finish([_citation(citation, job) for citation in piece.citations]):
                         yield event(name, **data)
                     ended = {"stop_reason": _reason(piece), "stop_sequence": piece.stop}
-                    yield event("message_delta", delta=ended, usage=_usage(piece))
+                    yield event("message_delta", delta=ended, usage=_usage(piece), supported=piece.answer.supported)
                     yield event("message_stop")
                     return
                 delta = piece.delta

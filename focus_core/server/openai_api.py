@@ -266,7 +266,7 @@ def _chat_choice(at: int, made: tuple[list[Token], Finished], answering: Answeri
     message: dict[str, Any] = {"role": "assistant", "content": finished.text, "refusal": None}
     if finished.calls:
         message |= {"content": finished.text or None, "tool_calls": _calls(finished)}
-    message["citations"] = [citation_body(citation) for citation in finished.citations]
+    message |= {"citations": [citation_body(one) for one in finished.citations], "supported": finished.answer.supported}
     if finished.attention is not None:
         message["attention"] = attention_body(finished.attention)
     shown = {"content": [_logprob(answering, token) for token in tokens], "refusal": None} if logprobs else None
@@ -292,6 +292,7 @@ def _text_choice(
         "logprobs": shown,
         "finish_reason": finished.reason,
         "citations": [citation_body(citation) for citation in finished.citations],
+        "supported": finished.answer.supported,
     }
 
 
@@ -362,9 +363,8 @@ async def _chat_chunks(
             async for at, piece in merged:
                 if isinstance(piece, Finished):
                     finished.append(piece)
-                    last: dict[str, Any] = {}
-                    if piece.citations:
-                        last["citations"] = [citation_body(citation) for citation in piece.citations]
+                    cited = [citation_body(citation) for citation in piece.citations]
+                    last: dict[str, Any] = {"citations": cited, "supported": piece.answer.supported}
                     if piece.attention is not None:
                         last["attention"] = attention_body(piece.attention)
                     yield chunk(at, last, piece.reason)
@@ -411,7 +411,8 @@ async def _text_chunks(
             async for at, piece in merged:
                 if isinstance(piece, Finished):
                     finished.append(piece)
-                    yield chunk(at, "", piece.reason, citations=[citation_body(one) for one in piece.citations])
+                    cited = [citation_body(citation) for citation in piece.citations]
+                    yield chunk(at, "", piece.reason, citations=cited, supported=piece.answer.supported)
                 elif piece.delta.text:
                     yield chunk(at, piece.delta.text)
         if usage:

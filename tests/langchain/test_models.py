@@ -380,6 +380,25 @@ def test_citations_are_exact_and_come_last(name, version):
     )
 
 
+def test_citations_of_a_document_with_pages_name_the_page():
+    """A file read whole knows where its pages begin, a loader's document is one page."""
+    pages = ["the cat sat on the mat. " * 8, "the dog ate the hat. " * 8]
+    whole = Document("paper.pdf", "".join(pages), {"title": "Paper", "page_starts": [0, len(pages[0])]})
+    loaded = Page(page_content="a third page", metadata={"source": "other.pdf", "page": 2, "page_label": "3"})
+    facts = ChatFocusLLM(engine=ENGINE, documents=[whole, loaded], max_tokens=8, citations=9).invoke("who?")
+    cited = facts.response_metadata["citations"]
+    assert facts.response_metadata["supported"] is None  # the adapter was not fitted for it
+    found = {(one["title"], one["extras"]["page"]) for one in cited}
+    assert {("Paper", 2), ("other.pdf", 3)} <= found <= {("Paper", 1), ("Paper", 2), ("other.pdf", 3)}
+    for one in cited:
+        where = one["extras"]
+        assert set(where) == {"document_id", "page", "source_start", "source_end", "score", "spans"}
+        assert all(0 <= start < end <= len(facts.text) for start, end in where["spans"])
+        if one["title"] == "Paper":
+            assert whole.text[where["source_start"] : where["source_end"]] == one["cited_text"]
+            assert where["page"] == (2 if where["source_start"] >= len(pages[0]) else 1)
+
+
 def test_the_text_models_citations_are_the_same():
     """FocusLLM reports the same citations in generation_info, streamed last."""
     chat = ChatFocusLLM(engine=ENGINE, documents=PAGES, max_tokens=8)

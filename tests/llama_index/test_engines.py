@@ -360,3 +360,23 @@ def test_places_are_those_of_the_text_that_the_user_holds(llm, template):
         assert item["spans"]
         assert 0 <= item["start"] < item["end"]
     assert index.node("n").get_content(MetadataMode.LLM) != texts["n"]
+
+
+def test_citations_of_a_document_with_pages_name_the_page(llm):
+    """Nodes as LlamaIndex's readers make them, one a page; ``supported`` stands beside the citations."""
+    pages = {"1": "the cat sat on the mat. " * 8, "2": "the dog ate the hat. " * 8}
+    nodes = [
+        TextNode(text=text, id_=f"page {label}", metadata={"page_label": label, "file_name": "paper.pdf"})
+        for label, text in pages.items()
+    ]
+    answer = FocusMemoryIndex(nodes, llm=llm).as_query_engine().query("who?")
+    cited = answer.metadata["citations"]
+    assert cited
+    assert answer.metadata["supported"] is None  # the adapter was not fitted for it
+    held = {node.node.node_id: node.node for node in answer.source_nodes}
+    for one in cited:
+        node = held[one["document_id"]]
+        assert (one["title"], str(one["page"])) == ("paper.pdf", node.metadata["page_label"])
+        assert node.text[one["source_start"] : one["source_end"]] == one["cited_text"]
+        assert all(0 <= start < end <= len(str(answer)) for start, end in one["spans"])
+        assert {"start", "end", "score", "url"} <= set(one)

@@ -80,6 +80,46 @@ def test_uploaded_documents_are_converted_and_cited_by_page(own: Running) -> Non
         assert "torn.pdf cannot be converted" in refused.text
 
 
+FIELDS = {
+    *("type", "start", "end", "spans", "document_id", "document_title", "url", "page", "start_char_index"),
+    *("end_char_index", "cited_text", "score"),
+}
+
+
+def test_citations_have_all_fields_whole_and_streamed(own: Running) -> None:
+    """A document with pages: every field is what the store says, whole, streamed, as a completion, as Anthropic's."""
+    pages = ["the cat sat on the mat. " * 8, "the dog ate the hat. " * 8]
+    text, facts = "".join(pages), {"title": "Paper", "url": "http://paper", "page_starts": [0, len(pages[0])]}
+    with own.client() as client:
+        client.post("/v1/memories", json={"name": "papers"})
+        body = {"documents": [{"id": "paper", "text": text, "metadata": facts}]}
+        assert wait(client, client.post("/v1/memories/papers/documents", json=body).json())["status"] == "completed"
+        whole = _ask(client, own, memories=["papers"], citations=9).json()["choices"][0]["message"]
+        assert {one["page"] for one in whole["citations"]} == {1, 2}
+        for one in whole["citations"]:
+            assert set(one) == FIELDS
+            assert text[one["start_char_index"] : one["end_char_index"]] == one["cited_text"]
+            assert one["page"] == (2 if one["start_char_index"] >= len(pages[0]) else 1)
+            assert (one["document_id"], one["document_title"], one["url"]) == ("paper", "Paper", "http://paper")
+            assert 0 < one["score"] <= 1
+            assert {"start": one["start"], "end": one["end"]} in one["spans"]
+            assert all(0 <= span["start"] < span["end"] <= len(whole["content"]) for span in one["spans"])
+        streamed = _ask(client, own, memories=["papers"], citations=9, stream=True).text
+        chunks = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+        last = chunks[-1]["choices"][0]["delta"]
+        assert last == {"citations": whole["citations"], "supported": None}  # the adapter was not fitted for it
+        assert whole["supported"] is None
+        asked = {"model": own.model, "memories": ["papers"], "max_tokens": 8}
+        said = client.post("/v1/completions", json={**asked, "prompt": "the cat"}).json()["choices"][0]
+        assert {"citations", "supported"} <= set(said)
+        assert all(set(one) == FIELDS for one in said["citations"])
+        turns = {**asked, "messages": [{"role": "user", "content": "who"}]}
+        message = client.post("/v1/messages", json=turns).json()
+        assert message["supported"] is None
+        assert {one["page"] for one in message["content"][0]["citations"]} <= {1, 2}
+        assert all(set(one) > FIELDS for one in message["content"][0]["citations"])
+
+
 def test_progress_is_streamed_until_the_end(own: Running) -> None:
     with own.client() as client:
         client.post("/v1/memories", json={"name": "notes"})
@@ -90,6 +130,10 @@ def test_progress_is_streamed_until_the_end(own: Running) -> None:
     assert seen[-1]["status"] == "completed"
     assert seen[-1]["tokens_done"] == seen[-1]["tokens_total"] > 500
     assert [one["tokens_done"] for one in seen] == sorted(one["tokens_done"] for one in seen)
+    with own.client() as client:
+        client.post("/v1/memories", json={"name": "again"})  # what is read already counts as done
+        now = wait(client, client.post("/v1/memories/again/documents", json=body).json())
+    assert now["tokens_done"] == now["tokens_total"] == seen[-1]["tokens_total"]
 
 
 def test_a_failed_or_stopped_change_leaves_the_memory_as_it_was(own: Running) -> None:

@@ -104,7 +104,7 @@ async function ask() {
   at("status").textContent = "reading";
   at("answer").textContent = "";
   at("citations").replaceChildren();
-  at("map-section").hidden = at("passage-section").hidden = true;
+  at("map-section").hidden = at("passage-section").hidden = at("supported").hidden = true;
   const body = { model: state.model, stream: true, attention: true, template: "question",
     messages: [{ role: "user", content: question }], ...(state.memory ? { memories: [state.memory] } : {}) };
   try {
@@ -117,7 +117,7 @@ async function ask() {
       if (delta.content) at("status").textContent = "answering";
       if (chunk.choices[0].finish_reason) last = delta;
     }
-    state.answer = { text: at("answer").textContent, citations: last.citations || [], attention: last.attention };
+    state.answer = { text: at("answer").textContent, citations: [], ...last };
     showAnswer();
     at("status").textContent = "";
   } finally {
@@ -131,8 +131,10 @@ async function ask() {
 const cutter = (text) => { const all = [...text]; return (from, to) => all.slice(Math.max(0, from), to).join(""); };
 
 function showAnswer() {
-  const { text, citations, attention } = state.answer;
+  const { text, citations, attention, supported } = state.answer;
   const piece = cutter(text);
+  at("supported").hidden = supported == null;
+  at("supported").textContent = `The memory holds an answer: ${Math.round(100 * supported)}% likely`;
   at("citations").replaceChildren(...citations.map((one) => {
     const row = element("li");
     const open = element("button", sourceName(one), { type: "button" });
