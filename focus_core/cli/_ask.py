@@ -228,7 +228,13 @@ def info(
         }
     if memory is not None:
         engine = engine.with_config(memory_budget=size_of(memory_budget)) if memory_budget is not None else engine
-        facts |= memory_costs(engine.load_memory(memory))
+        costs = memory_costs(engine.load_memory(memory))
+        with waiting("measuring this machine"):
+            speed = measure_prefill(engine, engine.config.chunk_size)
+        facts |= costs | {
+            "seconds a question, about": round(costs["rows a question"] / speed, 2),
+            "seconds a token, about": round(costs["rows a token"] / speed, 2),
+        }
     if as_json:
         print(json.dumps(facts))
         return

@@ -292,8 +292,7 @@ class Reading:
                 while sum(part.shape[2] for part in own) < slab.kv.size:
                     own.append(next(parts))
                 kept.append(torch.cat(own, dim=2))
-            chunks = sum(slab.kv.nbytes for slab in self.state.slabs)
-            self.state.openings.put(ids, kept, int(_KEPT_SHARE * chunks))
+            self._keep_opening(ids, kept)
             return
         groups = iter(self._groups)
         for tensor in kept:
@@ -303,6 +302,16 @@ class Reading:
                 stop = start + group.chunks.size
                 group.suffix.write_all(tensor[:, :, start:stop])
                 start = stop
+
+    def _keep_opening(self, ids: Sequence[int], kept: list[Tensor]) -> None:
+        """Keep an opening for the next question, where it is small beside the memory that chunk KV may take."""
+        sources = [slab.kv.source for slab in self.state.slabs]
+        bounds = [room for room in (source.room for source in sources) if room is not None]
+        if bounds and sum(tensor.nbytes for tensor in kept) > _KEPT_SHARE * min(bounds):
+            return
+        for source, tensor in zip(sources, kept, strict=True):
+            source.count(tensor, tensor.nbytes)
+        self.state.openings.put(ids, kept, int(_KEPT_SHARE * sum(slab.kv.nbytes for slab in self.state.slabs)))
 
     def _local_row(self) -> list[int]:
         """Return the whole local context as the base reads it, its sink included."""

@@ -65,6 +65,13 @@ class Source(Protocol):
 
     block: int
 
+    @property
+    def room(self) -> int | None:
+        """Bytes that it may take together with what is counted beside it, ``None`` without a bound."""
+
+    def count(self, holder: object, size: int) -> None:
+        """Count ``size`` bytes that lie beside it as long as ``holder`` lives, and make room for them."""
+
     def layer(self, index: int) -> Mapping[str, Tensor]:
         """Return a layer's arrays by name: (kv_heads, tokens, ...) or (chunks, ...), ready to be read."""
 
@@ -97,6 +104,14 @@ class Resident:
     def layer(self, index: int) -> Mapping[str, Tensor]:
         """Return a layer's arrays."""
         return self._layers[index]
+
+    @property
+    def room(self) -> int | None:
+        """There is no bound but the device's memory."""
+        return None
+
+    def count(self, holder: object, size: int) -> None:
+        """Nothing here could make room."""
 
     def take(self, tokens: int, chunks: int) -> tuple[int, int] | None:
         """Give away room; return where it begins, or ``None`` if there is not so much."""

@@ -70,6 +70,11 @@ class GrowingKV:
         self.used += rows
 
 
+def suffix_rows(tokens: int) -> int:
+    """Return the rows that ``tokens`` of a question and its answer take behind a chunk."""
+    return -(-(FIRST + tokens) // _GROWTH) * _GROWTH
+
+
 class Suffix(GrowingKV):
     """The (chunk, question) KV that a question appends behind every chunk; the chunks' first tokens lie in front.
 
@@ -87,13 +92,14 @@ class Suffix(GrowingKV):
             dtype=shape.dtype,
             device=shape.device,
         )
+        like.source.count(self, data.nbytes)
         for layer in range(shape.layers):
             for index, first in enumerate(like.first(layer)):
                 data[layer, index, :, :, :FIRST] = first.repeat_interleave(questions, dim=0)
         super().__init__(data, FIRST)
 
     def _room(self, rows: int) -> int:
-        return -(-rows // _GROWTH) * _GROWTH
+        return suffix_rows(rows - FIRST)
 
     def choose(self, chunks: Sequence[int]) -> Suffix:
         """Return a copy of one question's that stands behind some of the chunks alone."""

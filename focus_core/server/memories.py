@@ -221,6 +221,9 @@ class Memories:
                 self._open.move_to_end((tenant, name))
                 return memory
             memory = Memory.load(self._store(tenant), self.engine.encoder, name=name)
+            kept = self._kept(tenant).get(name)
+            if kept is not None and kept.pinned:
+                memory.pin()
             self._open[tenant, name] = memory
             self._close_some()
             return memory

@@ -9,11 +9,12 @@ from pathlib import Path
 from focus_core.engine import FocusEngine
 from focus_core.errors import EmptyCorpusError, StoreError
 from focus_core.method.encoding import Check
+from focus_core.method.suffix import suffix_rows
 from focus_core.store.collections import CollectionInfo
 from focus_core.store.indexing import encode_missing, index_documents
 from focus_core.store.memory import Memory, Progress
 from focus_core.store.places import Place
-from focus_core.store.tiers import Staged
+from focus_core.store.tiers import STAGED_LAYERS, Staged
 from focus_core.text.corpus import Document, Held, printable, read_documents
 
 
@@ -99,25 +100,45 @@ def index_paths(
     )
 
 
-def memory_costs(memory: Memory) -> dict[str, int]:
-    """Say, before anything of it is read, where a saved memory's chunk KV will lie and what a token costs.
+def memory_costs(memory: Memory, question: int = 64, answer: int = 128) -> dict[str, int]:
+    """Say, before any of it is read, where a saved memory's chunk KV will lie, and what a question and a token cost.
+
+    Args:
+        memory: loaded, not read.
+        question: tokens of a question.
+        answer: most tokens of an answer.
 
     Returns:
-        Bytes of chunk KV, the bytes of it that will stay in memory, and the bytes read from disk for each token of an
-        answer (a question that passes the chunks in batches reads them once a batch besides).
+        Bytes of chunk KV; those that will stay in memory, and those that pass through it a layer at a time; bytes that
+        a question adds behind the chunks; bytes read from disk for each token of an answer (a question that passes the
+        chunks in batches reads them once a batch besides); and the rows of the model that a question and each token
+        run.
     """
+    shape, budget = memory.encoder.shape, memory.encoder.budget
     sources = [slab.kv.source for slab in memory.state.slabs]
     staged = [source for source in sources if isinstance(source, Staged)]
-    layers = sum(source.shape.layers for source in staged)
-    each = sum(source.layer_bytes for source in staged)
-    stay = min(layers, memory.encoder.budget.room() // each) if each else layers
+    rows = sum(slab.kv.size for slab in memory.state.slabs)
+    behind = min(question, memory.encoder.config.prompt_length)
+    each = shape.kv_heads * shape.head_dim * 2 * shape.layers * shape.dtype.itemsize
+    suffixes = rows * suffix_rows(behind + answer) * each
+    room, held = max(0, budget.room() - suffixes), {}
+    for source in staged:
+        held[source] = source.stay(room)
+        room = max(0, room - held[source] * source.layer_bytes)
+    passing = {source: source.shape.layers - stay for source, stay in held.items()}
     return {
         "documents": len(memory.documents),
         "tokens": memory.tokens,
         "chunks": len(memory),
         "chunk KV bytes": memory.nbytes,
-        "chunk KV bytes in memory": stay * each,
-        "chunk KV bytes from disk a token": (layers - stay) * each,
+        "chunk KV bytes in memory": sum(source.layer_bytes * stay for source, stay in held.items()),
+        "chunk KV bytes passing through memory": sum(
+            source.layer_bytes * min(STAGED_LAYERS, left) for source, left in passing.items()
+        ),
+        "bytes behind the chunks a question": suffixes,
+        "chunk KV bytes from disk a token": sum(source.layer_bytes * left for source, left in passing.items()),
+        "rows a question": rows * behind + question,
+        "rows a token": 2 * rows + 1,
     }
 
 

@@ -27,7 +27,7 @@ from focus_core.store.database import ChunkStore, Store
 from focus_core.store.encoder import ChunkEncoder
 from focus_core.store.migration import DEFAULT_NAME
 from focus_core.store.segments import Tensors
-from focus_core.store.tiers import staged_kv
+from focus_core.store.tiers import Staged, staged_kv
 from focus_core.text.chunking import Chunk, joined, pack
 from focus_core.text.corpus import Document
 
@@ -88,6 +88,16 @@ class Memory:
     def nbytes(self) -> int:
         """Bytes of chunk KV held."""
         return sum(slab.kv.nbytes for slab in self._state.slabs)
+
+    def pin(self) -> None:
+        """Keep what is in memory of its chunk KV there when other memories of the engine need room.
+
+        Holds for what was loaded from disk, in this memory and in what is made of it. To pin some documents alone, load
+        them as a memory of their own (``FocusEngine.load_memory(where=...)``).
+        """
+        for slab in self._state.slabs:
+            if isinstance(slab.kv.source, Staged):
+                slab.kv.source.pin()
 
     @property
     def fingerprint(self) -> str:

@@ -12,8 +12,9 @@ from focus_core.errors import ConfigError, StoreError
 from focus_core.session.corpus import memory_costs
 from focus_core.store.database import Store
 from focus_core.store.segments import Segments
-from focus_core.store.tiers import Budget
+from focus_core.store.tiers import Budget, Staged
 from focus_core.text.corpus import Document
+from tests.conftest import tiny_model
 
 TEXT = "the cat sat on the mat and the dog ate the hat. "
 DOCUMENTS = [Document(str(number), f"room {number} " + TEXT * (1 + number % 3)) for number in range(9)]
@@ -106,7 +107,8 @@ def test_memories_share_a_budget(make_engine, tmp_path):
     for number, memory in enumerate(memories):
         memory.save(tmp_path, name=f"m{number}")
     expected = [logits(engine, memory) for memory in memories]
-    poor = engine.with_config(memory_budget=int(memories[0].nbytes * 1.5))
+    suffixes = memory_costs(engine.load_memory(tmp_path, name="m0"), 20, 4)["bytes behind the chunks a question"]
+    poor = engine.with_config(memory_budget=int(memories[0].nbytes * 1.5) + suffixes)
     loaded = [poor.load_memory(tmp_path, name=f"m{number}") for number in range(2)]
     for _ in range(3):
         for memory, wanted in zip(loaded, expected, strict=True):
@@ -142,6 +144,96 @@ def test_a_budget_gives_and_takes():
     assert budget.take(3, 4, lambda: lost.append(3))
     assert lost == [2]
     assert not budget.take(3, 20, lambda: None)
+    assert not budget.take(3, 1, lambda: None, beside=6)
+    budget.pin(4)
+    assert budget.take(4, 5, lambda: lost.append(4))
+    assert not budget.take(5, 6, lambda: lost.append(5))
+    assert 4 not in lost
+    with pytest.raises(ConfigError, match="memory_budget"):
+        FocusConfig(memory_budget=-1)
+
+
+def test_what_must_lie_somewhere_is_counted():
+    """Owners make room for it; it is given back when its holder dies, and cannot be refused."""
+
+    class Holder:
+        pass
+
+    budget, lost, holder = Budget(10, torch.device("cpu")), [], Holder()
+    assert budget.take(1, 8, lambda: lost.append(1))
+    budget.count(holder, 4)
+    assert (lost, budget.used) == ([1], 4)
+    assert not budget.take(2, 8, lambda: None)
+    del holder
+    assert budget.take(2, 8, lambda: None)
+    budget.count(budget, 99)
+    assert budget.used >= 99
+
+
+@pytest.mark.parametrize("share", [2, 4, 6])
+def test_suffixes_and_layers_that_pass_are_within_the_budget(make_engine, tmp_path, share):
+    """What lies in memory at any moment, the suffixes and the two layers that pass included, is within a budget that
+    holds as much; the layers that stay are those that were told before.
+    """
+    engine = make_engine(model=tiny_model("llama", layers=7))
+    engine.remember(DOCUMENTS).save(tmp_path)
+    costs = memory_costs(engine.load_memory(tmp_path), len(engine.local_ids("who ate the hat?")) - 1, 4)
+    layer = costs["chunk KV bytes in memory"] // 6
+    poor = engine.with_config(memory_budget=costs["bytes behind the chunks a question"] + share * layer)
+    memory, used = poor.load_memory(tmp_path), []
+    read = Staged._read
+
+    def watched(self, index):
+        used.append(poor.encoder.budget.used)
+        return read(self, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Staged, "_read", watched)
+        assert torch.equal(logits(poor, memory), logits(engine, engine.load_memory(tmp_path)))
+    told = memory_costs(memory, len(engine.local_ids("who ate the hat?")) - 1, 4)
+    assert (
+        memory.state.slabs[0].kv.source.resident
+        == told["chunk KV bytes in memory"] // layer
+        == {2: 0, 4: 2, 6: 6}[share]
+    )
+    passing = told["chunk KV bytes passing through memory"]
+    assert passing == (0 if share == 6 else 2 * layer)
+    assert costs["bytes behind the chunks a question"] <= max(used) <= poor.config.memory_budget - passing
+    assert told["chunk KV bytes from disk a token"] == {2: 6, 4: 4, 6: 0}[share] * layer
+
+
+def test_an_opening_is_kept_where_the_budget_has_room_for_it(make_engine, tmp_path):
+    """It is counted while it is kept; where it is more than a share of the budget it is computed anew, with no other
+    logits.
+    """
+    engine = make_engine(window=512, chunk_size=200, prompt_length=256)
+    engine.remember([Document(str(number), TEXT * 9) for number in range(9)]).save(tmp_path)
+    local = engine.local_ids("who ate the hat?")
+    expected = engine.reading(engine.load_memory(tmp_path).state, max_tokens=4).begin(local, 5)
+    for budget, kept in ((1 << 30, True), (1 << 10, False)):
+        poor = engine.with_config(memory_budget=budget)
+        memory = poor.load_memory(tmp_path)
+        for _ in range(2):
+            assert torch.equal(poor.reading(memory.state, max_tokens=4).begin(local, 5), expected)
+        opening = memory.state.openings.get(local[:5])
+        assert (opening is not None) is kept
+        assert poor.encoder.budget.used >= sum(tensor.nbytes for tensor in opening or ())
+
+
+def test_a_pinned_memory_keeps_its_room(make_engine, tmp_path):
+    """Another memory that is read meanwhile goes by disk, and answers alike."""
+    engine = make_engine()
+    for name in ("a", "b"):
+        engine.remember([Document(name, TEXT * 6 + name)]).save(tmp_path, name=name)
+    costs = memory_costs(engine.load_memory(tmp_path, name="a"), 20, 4)
+    poor = engine.with_config(memory_budget=costs["chunk KV bytes"] * 2 + costs["bytes behind the chunks a question"])
+    pinned, other = poor.load_memory(tmp_path, name="a"), poor.load_memory(tmp_path, name="b")
+    pinned.pin()
+    expected = logits(poor, pinned)
+    held = pinned.state.slabs[0].kv.source.resident
+    logits(poor, other)
+    assert pinned.state.slabs[0].kv.source.resident == held == poor.encoder.shape.layers
+    assert torch.equal(logits(poor, pinned), expected)
     with pytest.raises(ConfigError, match="memory_budget"):
         FocusConfig(memory_budget=-1)
 
