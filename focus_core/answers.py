@@ -137,7 +137,7 @@ class AnswerStream:
             generated=len(generation.generated),
             chunks=len(state.chunks),
             reread=generation.reading.reread_tokens,
-            kept=generation.reading.candidates + len(generation.reading.whole),
+            kept=generation.reading.candidates,
         )
         return Answer(
             text="".join(token.text for token in self._tokens).strip(),

@@ -133,8 +133,8 @@ class DecodeConfig(_Json):
         seed: makes sampling reproducible for this request alone.
         logprobs: how many alternatives to report per token; 0 reports none.
         chunks_per_batch: chunks run together in a step; ``None`` chooses from free memory.
-        reread: how many chunks, those with most attention, are read whole in front of the local context, with the
-            candidates of all others; chosen again when attention moves. 0 is the paper's method, in which the local
+        reread: how many chunks, those with most attention, are read whole in front of the local context, behind the
+            candidates of all; chosen again when attention moves. 0 is the paper's method, in which the local
             rows see candidates alone; ``None`` takes the adapter's.
         reread_tokens: most tokens of these chunks together.
         reread_way: ``run`` passes their tokens through the model in front of the question; ``moved`` takes their

@@ -50,21 +50,18 @@ class Oracle:
             out.append(result.logits[0, -1])
         return torch.stack(out)
 
-    def moved_logits(
-        self, chunks: list[list[int]], others: list[list[int]], whole: list[list[int]], local: list[int]
-    ) -> Tensor:
-        """Return the logits after ``local`` behind the KV of ``whole`` chunks, computed alone and turned, once.
+    def moved_logits(self, chunks: list[list[int]], whole: list[list[int]], local: list[int]) -> Tensor:
+        """Return the logits after ``local`` behind all candidates and the KV of ``whole`` chunks, computed alone and
+        turned, once.
 
-        The sink is the one of the pass in which all ``chunks`` stood behind their candidates. The last layer has no KV
-        of the whole chunks. Layers are run one by one, so that its mask and cache may differ.
+        The sink is the one of the pass without whole chunks. The last layer has no KV of them. Layers are run one by
+        one, so that its mask and cache may differ.
         """
-        first = self._behind([self._candidate(chunk, local, 0, 0) for chunk in chunks], [self.sink, *local])
-        before = [self._candidate(chunk, local, 0, 0) for chunk in others]
-        start, last, fronts = int(bool(others)), self.model.config.num_hidden_layers - 1, []
+        before = [self._candidate(chunk, local, 0, 0) for chunk in chunks]
+        first, last, fronts = self._behind(before, [self.sink, *local]), self.model.config.num_hidden_layers - 1, []
         for layer in range(last + 1):
-            sink_key = self._moved(layer, first[layer][0][:, :, len(chunks) : len(chunks) + 1], start - 1)
-            keys, values = [sink_key], [first[layer][1][:, :, len(chunks) : len(chunks) + 1]]
-            at = start + 1
+            keys, values = ([part[:, :, len(chunks) : len(chunks) + 1]] for part in first[layer])
+            at = 2
             for chunk in whole if layer < last else []:
                 cache = DynamicCache()
                 self.model(torch.tensor([[self.sink, *chunk]]), past_key_values=cache, use_cache=True)
@@ -72,7 +69,7 @@ class Oracle:
                 values.append(cache.layers[layer].values[:, :, 1:])
                 at += len(chunk)
             fronts.append((torch.cat(keys, 2), torch.cat(values, 2)))
-        place = start + 1 + sum(map(len, whole))
+        place = 2 + sum(map(len, whole))
         seen = self._states(before, [*fronts[:-1], fronts[-2]], local, place)[last]  # what enters the last layer
         body = self.model.get_decoder()
         hook = body.layers[last].register_forward_pre_hook(

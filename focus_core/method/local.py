@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from focus_core.method.attention import (
-    HIDDEN,
     Part,
     attend,
     attend_causal,
@@ -44,13 +43,11 @@ class Local(NamedTuple):
         ids: (n,) token ids, the sink included at the first sweep.
         position: of the first row.
         shared_rows: rows that see candidate set 0; each row after them sees the next set.
-        hidden: numbers of the chunks whose candidates it does not see.
     """
 
     ids: Sequence[int]
     position: int
     shared_rows: int
-    hidden: Sequence[int] = ()
 
 
 class _Sets(NamedTuple):
@@ -127,16 +124,9 @@ class LocalRows:
         return _Sets(*(torch.tensor(table, dtype=torch.long, device=device) for table in (first, later, rows, places)))
 
     def _front_bias(self, device: torch.device) -> Tensor | None:
-        """(sets or 1, 1, 1, candidates or 1): what is added to the scores of the candidates of each set."""
-        shown = [index for group in self.groups for index in group.indices]
-        if not any(it.hidden for it in self.asked):
-            lowered = self.scoring.lowered(len(shown))
-            return torch.full((1, 1, 1, 1), -lowered, device=device) if lowered else None
-        each = []
-        for it in self.asked:
-            seen, targets = -self.scoring.lowered(len(shown) - len(it.hidden)), 1 + len(it.ids) - it.shared_rows
-            each += [[HIDDEN if index in it.hidden else seen for index in shown]] * targets
-        return torch.tensor(each, device=device)[:, None, None]
+        """(1, 1, 1, 1): what is added to the scores of all candidates."""
+        lowered = self.scoring.lowered(sum(len(group.indices) for group in self.groups))
+        return torch.full((1, 1, 1, 1), -lowered, device=device) if lowered else None
 
     # -- attention ----------------------------------------------------------------------------------------------
 
@@ -180,10 +170,10 @@ class LocalRows:
             front = weigh(local, query, keys, values, self._bias)
             self._record(layer, query, key, front.mass[0, :, -1], front.lse, scale, softcap)
             return self._side.unpad(Part(front.out, front.lse)).out.transpose(1, 2)
-        first = weigh(local, query, *self._of_sets(keys, values, self._sets.first))
+        first = weigh(local, query, keys[self._sets.first], values[self._sets.first], self._bias)
         rows = [_flat(tensor).index_select(1, self._sets.rows).transpose(0, 1) for tensor in (query, *local)]
         alone, out, lse = (tensor.unsqueeze(2) for tensor in rows)
-        later = weigh(Part(out, lse), alone, *self._of_sets(keys, values, self._sets.later))
+        later = weigh(Part(out, lse), alone, keys[self._sets.later], values[self._sets.later], self._bias)
         out = torch.cat([_flat(first.out), _flat(later.out)], dim=1).index_select(1, self._sets.places)
         return out.transpose(0, 1).unsqueeze(0)
 
@@ -196,11 +186,6 @@ class LocalRows:
         if rows == columns:
             return attend_causal(query, key, value, scale, softcap=softcap, bias=self._causal[columns])
         return attend(query, key, value, scale, softcap=softcap, bias=self._causal[columns])
-
-    def _of_sets(self, keys: Tensor, values: Tensor, sets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return keys, values and bias of some of the candidate sets."""
-        bias = self._bias if self._bias is None or len(self._bias) == 1 else self._bias[sets]
-        return keys[sets], values[sets], bias
 
     def _lacks(self, layer: int) -> bool:
         return self.absent is not None and self.cache is not None and layer == self.cache.layers - 1

@@ -95,8 +95,7 @@ class Reading:
 
     @property
     def candidates(self) -> int:
-        """How many of them stand in front of the local rows by their candidates: k, or fewer after :meth:`narrow` and
-        :meth:`read_whole`."""
+        """How many of them stand in front of the local rows by their candidates: k, or fewer after :meth:`narrow`."""
         return self.chunks if self._kept is None else len(self._kept)
 
     def begin(self, ids: Sequence[int], opening: int = 0) -> Tensor:
@@ -171,12 +170,11 @@ class Reading:
         return self._go_on([], self._local_row())
 
     def read_whole(self, chunks: Sequence[int], separator: Sequence[int] = (), *, moved: bool = False) -> Tensor | None:
-        """Put whole chunks in front of the local context and read it again; all others stay behind their candidates.
+        """Put whole chunks in front of the local context, behind the candidates of all, and read it again.
 
-        The local rows then attend to these chunks token by token, and to the candidates of the others alone. Call it
-        after :meth:`begin` and before any :meth:`narrow`, again to change the choice; :attr:`mass` then holds for
-        these chunks what all of their tokens receive. With every chunk whole no candidate is left: the base reads them
-        in its window.
+        The local rows then attend to these chunks token by token as well as to their candidates, which say what the
+        adapter has learned to say of them. Call it after :meth:`begin` and before any :meth:`narrow`, again to change
+        the choice; :attr:`mass` then holds for these chunks what candidate and tokens receive together.
 
         Args:
             chunks: numbers of chunks, best first; those that the window has no room for are left out.
@@ -201,12 +199,8 @@ class Reading:
         if not kept:
             return None
         self.whole = sorted(kept)
-        before = self.candidates
-        self._kept = [index for index in range(self.chunks) if index not in kept]
-        numbers = {index: number for number, index in enumerate(self._kept)}
-        self._groups = [group.beside(numbers) for group in self._all] if numbers else []
         if moved:
-            return self._behind_moved(before)
+            return self._behind_moved()
         self._cache = None
         starts, passages, head = [], list[int](), len(sink_before(self.state.chunks[self.whole[0]].ids, self.sink))
         for index in self.whole:
@@ -230,12 +224,8 @@ class Reading:
             kept.append(index)
         return kept
 
-    def _behind_moved(self, before: int) -> Tensor:
-        """Read the local context behind its sink and the moved KV of the whole chunks.
-
-        Args:
-            before: candidates that stood in front of the sink so far.
-        """
+    def _behind_moved(self) -> Tensor:
+        """Read the local context behind its sink and the moved KV of the whole chunks."""
         old, start = self._cache, local_start(self.candidates, self.focus.positions)
         assert old is not None
         head = 1 if self.sink is not None else 0
@@ -253,8 +243,7 @@ class Reading:
         row = self._local_row()
         self._cache = LocalCache(self.base, at + len(row) + self.max_tokens)
         data = self._cache.data[:, :, 0]  # (layers, 2, kv_heads, capacity, head_dim)
-        moved = start - local_start(before, self.focus.positions)
-        data[..., :head, :] = self._turned(old.data[:, :, 0, :, :head], moved)
+        data[..., :head, :] = old.data[:, :, 0, :, :head]
         data[:-1, ..., head:at, :] = torch.cat(parts, dim=3)
         data[-1, ..., head:at, :] = 0
         self._cache.used = at
@@ -363,10 +352,8 @@ class Reading:
 
     def _in_memory(self, mass: Tensor, order: Tensor) -> Tensor:
         """(layers, heads, candidates + chunks read whole) -> (layers, heads, k)."""
-        if self._kept is None:
-            return mass[..., order]
         found = mass.new_zeros(*mass.shape[:2], self.chunks)
-        found[..., self._kept] = mass[..., order]
+        found[..., slice(None) if self._kept is None else self._kept] = mass[..., order]
         found[..., self.whole] += mass[..., len(order) :]
         return found
 

@@ -86,13 +86,11 @@ class Behind(NamedTuple):
         candidates: ids that run as candidates; decoding has one.
         visible: tokens of the suffix that the first candidate sees, the new ordinary ones included; each later one
             sees one more.
-        hidden: numbers of the chunks whose candidates the local rows do not see.
     """
 
     ordinary: Sequence[int] = ()
     candidates: Sequence[int] = ()
     visible: int = 0
-    hidden: Sequence[int] = ()
 
 
 @dataclass(eq=False)
@@ -122,16 +120,6 @@ class ChunkRows:
     _places: Tensor | None = field(default=None, init=False)
 
     # -- other views --------------------------------------------------------------------------------------------
-
-    def beside(self, numbers: Mapping[int, int]) -> ChunkRows:
-        """Return rows of which the local rows see some chunks' candidates alone; the suffixes of all go on growing.
-
-        Args:
-            numbers: of the chunks to see, ``indices`` to what they shall be.
-        """
-        kept = self._named(numbers)
-        indices, rows = [number for number, _ in kept], [row for _, row in kept]
-        return ChunkRows(self.chunks, self.suffix, indices, len(numbers), rows=rows)
 
     def only(self, numbers: Mapping[int, int]) -> ChunkRows | None:
         """Return the rows of some chunks alone, with what their suffixes hold; ``None`` if no such chunk is here.
@@ -206,19 +194,9 @@ class ChunkRows:
         if self._places is None:
             ends = torch.tensor(self.chunks.lengths)
             ends = ends if self.copies is None else ends[self.copies.cpu()]
-            self._places = self._standing(positions) - ends[:, None]
-        of = [number for number, it in enumerate(self.asked) for _ in it.candidates]
-        return self._places[:, of] - torch.tensor(self.offsets()[1])
-
-    def _standing(self, positions: Positions) -> Tensor:
-        """Return where each question sees each chunk's candidate, (chunks, questions); an unseen one is anywhere."""
-        places = torch.zeros(len(self.indices), len(self.asked), dtype=torch.long)
-        for number, it in enumerate(self.asked):
-            seen = [index for index in range(self.total) if index not in it.hidden]
-            there = torch.zeros(self.total, dtype=torch.long)
-            there[seen] = torch.tensor(list(candidate_positions(len(seen), positions)), dtype=torch.long)
-            places[:, number] = there[list(self.indices)]
-        return places
+            standing = torch.tensor(list(candidate_positions(self.total, positions)), dtype=torch.long)
+            self._places = (standing[list(self.indices)] - ends)[:, None]
+        return self._places - torch.tensor(self.offsets()[1])
 
     # -- attention ----------------------------------------------------------------------------------------------
 

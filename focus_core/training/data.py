@@ -282,7 +282,7 @@ class ExampleStream:
             kept.append(number)
         kept.sort()
         before = [token for number in kept for token in (*chunks[number], *self._gap)]
-        return replace(query, whole=tuple(kept), before=tuple(before))
+        return replace(query, before=tuple(before))
 
     def _made_questions(self, rng: random.Random, count: int) -> list[QuestionRow]:
         """Make questions about passages, and about paragraphs of long texts."""

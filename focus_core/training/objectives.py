@@ -39,17 +39,14 @@ class Query:
         split: s; tokens s..n-1 are targets, tokens before it are given.
         prompt: P, most given tokens before the candidate that run behind the chunks; ``None`` runs all of them.
         gold: numbers of the chunks that hold the answer, if they are known.
-        whole: numbers of the chunks that are read whole (:meth:`~focus_core.method.reading.Reading.read_whole`): the
-            local rows do not see their candidates.
-        before: token ids of these chunks, a separator behind each, which stand between sink and local context; they
-            never run behind the chunks.
+        before: token ids of the chunks that are read whole (:meth:`~focus_core.method.reading.Reading.read_whole`), a
+            separator behind each; they stand between sink and local context and never run behind the chunks.
     """
 
     ids: tuple[int, ...]
     split: int
     prompt: int | None = None
     gold: tuple[int, ...] = ()
-    whole: tuple[int, ...] = ()
     before: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -173,7 +170,7 @@ def _behind(chunks: ChunkKV, queries: Sequence[Query]) -> ChunkRows:
 def _candidates(query: Query) -> Behind:
     """Return what runs behind the chunks as candidates: one for each target, made at the token before it."""
     visible = query.split - 1 - query.injected_from
-    return Behind((), query.ids[query.split - 1 : -1], visible, query.whole)
+    return Behind((), query.ids[query.split - 1 : -1], visible)
 
 
 @torch.no_grad()
@@ -188,8 +185,7 @@ def _inject(base: BaseDecoder, adapter: CandidateAdapter, groups: Sequence[Chunk
 def _local(query: Query, chunks: int, sink: int | None, positions: Positions) -> Local:
     ids = [*query.before, *query.ids]
     head = sink_before(ids, sink)
-    start = local_start(chunks - len(query.whole), positions)
-    return Local([*head, *ids[:-1]], start, len(head) + len(query.before) + query.split, query.whole)
+    return Local([*head, *ids[:-1]], local_start(chunks, positions), len(head) + len(query.before) + query.split)
 
 
 def dense_losses(

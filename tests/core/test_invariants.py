@@ -185,8 +185,8 @@ def test_3_the_choice_may_change_between_steps(family, make_engine):
     model, _, adapter = build(family)
     weights = candidate_weights(model)
     adapter.detach()
-    others, front = [CHUNKS[0], *CHUNKS[3:]], [*CHUNKS[1], *CHUNKS[2]]
-    expected = Oracle(model, weights, positions, 0).logits(others, LOCAL, 5, "incremental", front)
+    front = [*CHUNKS[1], *CHUNKS[2]]
+    expected = Oracle(model, weights, positions, 0).logits(CHUNKS, LOCAL, 5, "incremental", front)
     engine = make_engine(family, model=model, dtype=torch.float64, positions=positions)
     reading = engine.reading(_memory_of(engine, CHUNKS).state, max_tokens=len(LOCAL))
     reading.begin(LOCAL[:3])
@@ -204,8 +204,7 @@ def test_3_moved_chunk_kv_equals_layers_run_by_hand(family, make_engine):
     weights = candidate_weights(model)
     adapter.detach()
     whole, oracle = [0, 2], Oracle(model, weights, "shared", 0)
-    others = [chunk for index, chunk in enumerate(CHUNKS) if index not in whole]
-    expected = oracle.moved_logits(CHUNKS, others, [CHUNKS[index] for index in whole], LOCAL[:4])
+    expected = oracle.moved_logits(CHUNKS, [CHUNKS[index] for index in whole], LOCAL[:4])
     engine = make_engine(family, model=model, dtype=torch.float64)
     reading = engine.reading(_memory_of(engine, CHUNKS).state, max_tokens=len(LOCAL))
     reading.begin(LOCAL[:4])

@@ -66,11 +66,11 @@ def test_a_short_dynamic_prompt_is_scored_as_decoded(family, positions, prompt, 
 @pytest.mark.parametrize("prompt", [2, None])
 @pytest.mark.parametrize("whole", [(1,), (2, 0), (0, 1, 2)])
 def test_passages_read_whole_are_scored_as_decoded(family, positions, prompt, whole, make_engine):
-    """Targets' logits behind chunks read whole == decoding after read_whole, whose candidates are hidden there."""
+    """Targets' logits behind chunks read whole == decoding after read_whole."""
     engine = make_engine(family, positions=positions, prompt_length=prompt or 100, window=256, chunk_size=32)
     gap = (3, 4)
     before = tuple(token for number in sorted(whole) for token in (*CHUNKS[number], *gap))
-    query = Query(LOCAL, 6, prompt=prompt, whole=tuple(sorted(whole)), before=before)
+    query = Query(LOCAL, 6, prompt=prompt, before=before)
     plain = Query(LOCAL, 6, prompt=prompt)
     chunks = encode_example(engine.base, Example(CHUNKS, (query,), "test"), engine.sink)
     tasks = [Task(chunks, query), Task(chunks, plain)]
