@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -69,40 +70,48 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     raw: Annotated[bool, typer.Option(help="The question is text to be continued, not a chat turn.")] = False,
 ) -> None:
-    """Answer one question over files and folders, with its sources."""
+    """Answer one question over files and folders, with its sources.
+
+    The head of a question that is too long is read from memory.
+    """
+    from focus_core.config import DecodeConfig
+    from focus_core.session.citations import source_dict
+    from focus_core.session.engines import holding
+    from focus_core.session.request import Request, begin
+
     engine = open_engine(base, adapter, chunk_size, device, other_base=other_base)
     engine = engine.with_config(memory_budget=size_of(memory_budget)) if memory_budget is not None else engine
     held = open_memory(engine, paths or [], memory, strict=strict)
-    stream = engine.stream(
-        question,
-        held,
-        template="raw" if raw else "question",
+    decode = DecodeConfig(
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
-        stop=stop or (),
+        stop=tuple(stop or ()),
         chunks_per_batch=chunks_per_batch,
         chunk_top_p=chunk_top_p,
         reread=reread,
         reread_tokens=reread_tokens,
-        reread_way=reread_way,
+        reread_way=reread_way,  # type: ignore[arg-type]
     )
+    asked = Request(decode, text=question, template="raw" if raw else "question")
     started = time.monotonic()
-    with stream:
+    call = begin(engine, asked, holding(engine, held), threading.Event())
+    with call.stream:
         with waiting(f"focusing on {len(held)} chunks"):
-            pieces = iter(stream)
-            first = next(pieces, "")
+            pieces = call.pieces()
+            first = next(pieces, None)
         if not as_json:
-            _say(first.lstrip())
+            _say(first.delta.text if first is not None else "")
             for piece in pieces:
-                _say(piece)
+                _say(piece.delta.text)
             print()
-        answer = stream.answer
-    seconds = time.monotonic() - started
+        answer = call.stream.answer
+    seconds, documents = time.monotonic() - started, call.stream.documents
     if heatmap is not None:
         from focus_core.method.attribution import save_heatmap
 
-        labels = [f"{chunk.document_id}:{chunk.start}" for chunk in held.chunks]
+        read = call.held.memory or held
+        labels = [f"{chunk.document_id}:{chunk.start}" for chunk in read.chunks]
         texts = [engine.tokenizer.decode([token.id]) or "(end)" for token in answer.tokens]
         save_heatmap(answer.attention, texts, labels, heatmap)
         note.print(f"heat map in {heatmap}")
@@ -111,14 +120,14 @@ def ask(
             "answer": answer.text,
             "finish_reason": answer.finish_reason,
             "supported": answer.supported,
-            "sources": [_with_page(item, held) for item in answer.evidence[:sources]],
-            "passages": [_with_page(item, held) for item in answer.passages[:sources]],
+            "sources": [source_dict(item, documents) for item in answer.evidence[:sources]],
+            "passages": [source_dict(item, documents) for item in answer.passages[:sources]],
             "usage": asdict(answer.usage),
             "seconds": round(seconds, 3),
         }
         print(json.dumps(result, ensure_ascii=False))
         return
-    _print_sources(answer, held, sources)
+    _print_sources(answer, documents, sources)
     note.print(
         f"{answer.usage.chunks} chunks, {answer.usage.memory:,} tokens read"
         + (f", answered from {answer.usage.kept} of them" if answer.usage.kept < answer.usage.chunks else "")
@@ -151,11 +160,23 @@ def chat(
 
     Turns that no longer fit the window are read from memory.
     """
+    from focus_core.config import DecodeConfig
     from focus_core.model.chat import Message
+    from focus_core.session.engines import holding
+    from focus_core.session.request import Request, begin
 
     engine = open_engine(base, adapter, chunk_size, device)
     engine = engine.with_config(memory_budget=size_of(memory_budget)) if memory_budget is not None else engine
     held = open_memory(engine, paths or [], memory, strict=strict)
+    decode = DecodeConfig(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        chunk_top_p=chunk_top_p,
+        reread=reread,
+        reread_tokens=reread_tokens,
+        reread_way=reread_way,  # type: ignore[arg-type]
+    )
     turns: list[Message] = []
     while True:
         try:
@@ -165,18 +186,18 @@ def chat(
             return
         if not question:
             return
-        turns.append(Message("user", engine.info.question_template.replace("{question}", question)))
-        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "chunk_top_p": chunk_top_p}
-        reading = {"reread": reread, "reread_tokens": reread_tokens, "reread_way": reread_way}
-        with engine.chat(turns, held, **options, **reading) as stream:
+        turns.append(Message("user", question))
+        asked = Request(decode, tuple(turns), template="question")
+        call = begin(engine, asked, holding(engine, held), threading.Event())
+        with call.stream:
             try:
-                for piece in stream:
-                    _say(piece)
+                for piece in call.pieces():
+                    _say(piece.delta.text)
             except KeyboardInterrupt:
-                stream.close()
+                call.stream.close()
             print()
-            answer = stream.answer
-        _print_sources(answer, held, 3)
+            answer = call.stream.answer
+        _print_sources(answer, call.stream.documents, 3)
         turns.append(Message("assistant", answer.text))
 
 
@@ -249,21 +270,14 @@ def _say(piece: str) -> None:
     print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
 
 
-def _with_page(item: Any, memory: Any) -> dict[str, Any]:
-    """Return a passage as a dictionary, with its page where its document has pages."""
-    from focus_core.session.citations import page_at
+def _print_sources(answer: Any, documents: Any, count: int) -> None:
+    from focus_core.session.citations import source_dict
 
-    document = next((one for one in memory.documents if one.id == item.document_id), None)
-    page = None if document is None else page_at(document.metadata, item.start)
-    return asdict(item) if page is None else {**asdict(item), "page": page}
-
-
-def _print_sources(answer: Any, memory: Any, count: int) -> None:
     if not answer.evidence:
         return
     note.print("score  source, passage", style="dim")
     for item in answer.evidence[:count]:
-        page = _with_page(item, memory).get("page")
+        page = source_dict(item, documents).get("page")
         where = f"{item.start}-{item.end}" + (f", page {page}" if page else "")
         note.print(f"{item.score:.3f}  {' '.join(item.document_id.splitlines())}:{where}")
         passage = " ".join(item.text.split())

@@ -101,6 +101,7 @@ def open_engine(
 
 def open_memory(engine: Any, paths: list[str], place: str | None, *, strict: bool = False) -> Any:
     """Load a saved memory if one is named, and read ``paths`` beside it; nothing is written."""
+    from focus_core.session.engines import beside
     from focus_core.text.corpus import load_documents
 
     if not paths and place is None and not sys.stdin.isatty():
@@ -114,9 +115,9 @@ def open_memory(engine: Any, paths: list[str], place: str | None, *, strict: boo
         with progress("loading memory") as bar:
             memory = engine.load_memory(place, progress=lambda done, total: bar(done, "", total))
     if memory is None or documents:
-        memory = memory.subset(one.id for one in memory.documents) if memory is not None else engine.remember([])
         with progress("reading") as bar:
-            memory.add(documents, progress=lambda done, total: bar(done, "", total))
+            held = beside(engine, memory, documents, progress=lambda done, total: bar(done, "", total))
+        memory = held.memory
     return memory
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,11 @@ class Citation:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields in plain JSON types."""
         return {**asdict(self), "spans": [list(span) for span in self.spans]}
+
+    def moved(self, by: int) -> Citation:
+        """Return the citation of an answer with ``by`` characters in front of it."""
+        spans = tuple((start + by, end + by) for start, end in self.spans)
+        return replace(self, start=self.start + by, end=self.end + by, spans=spans)
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,10 @@ class AttentionMap:
     passages: tuple[Citation, ...]
     words: tuple[tuple[int, int], ...]
     weights: tuple[tuple[float, ...], ...]
+
+    def moved(self, by: int) -> AttentionMap:
+        """Return the map of an answer with ``by`` characters in front of it."""
+        return replace(self, words=tuple((start + by, end + by) for start, end in self.words))
 
 
 def attention_map(answer: Answer, documents: Mapping[str, Document]) -> AttentionMap:
@@ -188,6 +197,12 @@ def about(metadata: Mapping[str, Any], name: str, start: int) -> dict[str, Any]:
     url = metadata.get("url") or metadata.get("source")
     title = metadata.get("title") or metadata.get("file_name") or name
     return {"title": str(title), "url": str(url) if url else None, "page": page_at(metadata, start)}
+
+
+def source_dict(item: Evidence, documents: Mapping[str, Document]) -> dict[str, Any]:
+    """Return a passage in plain JSON types, with its page where its document has pages."""
+    page = page_at(documents[item.document_id].metadata, item.start) if item.document_id in documents else None
+    return asdict(item) if page is None else {**asdict(item), "page": page}
 
 
 def page_at(metadata: Mapping[str, Any], start: int) -> int | None:

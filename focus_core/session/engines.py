@@ -34,7 +34,7 @@ from focus_core.session.documents import (
     written,
 )
 from focus_core.store.encoder import ChunkEncoder
-from focus_core.store.memory import Memory
+from focus_core.store.memory import Memory, Progress
 from focus_core.store.places import Place, find_place
 from focus_core.store.segments import Tensors
 from focus_core.text.corpus import Document, canonical, distinct, load_documents
@@ -142,6 +142,42 @@ class Held:
     def tokens(self) -> int:
         """Tokens of the memory."""
         return self.memory.tokens if self.memory is not None else 0
+
+
+def beside(
+    engine: FocusEngine,
+    memory: Memory | None,
+    documents: Sequence[Document],
+    *,
+    progress: Progress = lambda done, total: None,
+    check: Callable[[], None] = _patient,
+) -> Held:
+    """Return a memory with documents of one caller read beside it; the memory stays as it is.
+
+    Args:
+        engine: reads them.
+        memory: what is there, if anything.
+        documents: one whose id is known stands for that one.
+        progress: called with tokens done and to do.
+        check: called often; raises to cancel.
+    """
+    if not documents:
+        return Held(memory)
+    held = memory.subset(one.id for one in memory.documents) if memory is not None else engine.remember([])
+    before = held.tokens
+    held.add(documents, progress=progress, check=check)
+    return Held(held, held.tokens - before)
+
+
+def holding(
+    engine: FocusEngine, memory: Memory | None, check: Callable[[], None] = _patient
+) -> Callable[[str, Sequence[Document]], Held]:
+    """Return what holds, for a request, a memory and beside it what the request brings under ids of its own."""
+
+    def hold(question: str, more: Sequence[Document]) -> Held:
+        return beside(engine, memory, distinct(more, memory.documents if memory is not None else ()), check=check)
+
+    return hold
 
 
 @dataclass(frozen=True)

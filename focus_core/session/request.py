@@ -118,8 +118,12 @@ class Call:
     held: Held
     parser: ToolCallParser | None
 
-    def pieces(self) -> Iterator[Piece]:
-        """Yield text and parts of tool calls, without white space at either end of the whole."""
+    def pieces(self, *, trim: bool = True) -> Iterator[Piece]:
+        """Yield text and parts of tool calls.
+
+        Args:
+            trim: leave out white space at both ends of the whole; it belongs to a text that is continued.
+        """
         held: list[Token] = []
 
         def texts() -> Iterator[str]:
@@ -133,7 +137,7 @@ class Call:
             held.clear()
             return tokens
 
-        for text in trimmed(texts()):
+        for text in trimmed(texts()) if trim else texts():
             for delta in [ChatDelta(text)] if self.parser is None else self.parser.push(text):
                 yield Piece(delta, taken())
         for delta in self.parser.finish() if self.parser is not None else ():
@@ -180,7 +184,9 @@ def begin(engine: FocusEngine, request: Request, hold: Hold, cancelled: threadin
 
 
 def _text(engine: FocusEngine, request: Request, hold: Hold, cancelled: threading.Event) -> tuple[AnswerStream, Held]:
-    head, tail = engine.split_prompt(request.text or "")
+    text = request.text or ""
+    room = engine.config.window - request.decode.max_tokens - 1
+    head, tail = engine.split_prompt(text, max(1, room)) if request.template == "raw" else engine.split_prompt(text)
     held = hold(tail, [*request.documents, *([Document("prompt", head)] if head.strip() else [])])
     stream = engine.stream(tail, held.memory, template=request.template, decode=request.decode, cancelled=cancelled)
     return stream, held

@@ -46,6 +46,17 @@ def test_ask_json_heatmap_and_stdin(run, files, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_question_longer_than_the_window_is_read_from_memory(run, files):
+    """Its head becomes memory beside the files; a text to be continued stays whole as long as it fits."""
+    long = "the dog ate the hat. " * 100 + "who sat?"
+    code, out, _ = run("ask", long, files, "--json", "--max-tokens", 3)
+    assert code == 0
+    short = json.loads(run("ask", "who sat?", files, "--json", "--max-tokens", 3)[1])
+    assert json.loads(out)["usage"]["chunks"] > short["usage"]["chunks"]
+    fits = json.loads(run("ask", "the dog ate the hat. " * 25, files, "--raw", "--json", "--max-tokens", 3)[1])
+    assert fits["usage"]["chunks"] == short["usage"]["chunks"]
+
+
 def test_a_memory_is_kept_extended_and_pruned(run, files, tmp_path):
     """index writes a memory; ask reads it without files; a changed file is read again; --sync forgets vanished ones."""
     memory = tmp_path / "memory"
@@ -164,7 +175,7 @@ def test_eval_questions_and_heads(run, tmp_path):
     ("arguments", "code", "message"),
     [
         (["ask", "who?", "nowhere.txt"], 2, "no file or folder at 'nowhere.txt'"),
-        (["ask", "who? " * 400, "FILES"], 2, "shorten the question"),
+        (["ask", "who?", "FILES", "--max-tokens", "9000"], 2, "lower max_tokens"),
         (["ask", "who?", "FILES", "--temperature", "-1"], 2, "temperature must be at least"),
         (["ask", "who?", "FILES", "--memory", "FILES"], 3, "no saved memory in"),
         (["index", "FILES"], 2, "--name contracts"),
