@@ -27,10 +27,9 @@ from focus_core.server.memories import Memories
 from focus_core.server.metrics import Metrics
 from focus_core.session import concurrency
 from focus_core.session.citations import STANDARD_CITATIONS, AttentionMap, Citation, attention_map
-from focus_core.session.engines import Held
+from focus_core.session.engines import Held, holding
 from focus_core.session.request import Call, Piece, Request, begin
-from focus_core.store.memory import Memory
-from focus_core.text.corpus import Document, distinct
+from focus_core.text.corpus import Document
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ class Finished:
         citations: of the text.
         attention: of its words, if it was asked for.
         stop: the stop string that ended it, if one did.
+        computed: tokens of the memory whose chunk KV was computed for this answer.
     """
 
     text: str
@@ -81,11 +81,17 @@ class Finished:
     citations: tuple[Citation, ...] = ()
     attention: AttentionMap | None = None
     stop: str | None = None
+    computed: int = 0
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens read: of the conversation and of all chunks."""
         return self.answer.usage.local + self.answer.usage.memory
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt whose chunk KV was there already."""
+        return self.answer.usage.memory - self.computed
 
 
 @dataclass
@@ -172,35 +178,24 @@ class Answering:
     def _pieces(self, caller: Caller, job: Job, cancelled: threading.Event) -> Iterator[Piece | Finished]:
         self._running.add(cancelled)
         try:
-            call = begin(
-                self.engine,
-                job.request,
-                lambda _, documents: Held(self._memory(caller, job, documents, cancelled)),
-                cancelled,
-            )
+            call = begin(self.engine, job.request, lambda _, more: self._held(caller, job, more, cancelled), cancelled)
             with call.stream:
                 text = ""
-                for piece in call.pieces():
+                for piece in call.pieces(trim=job.request.template != "raw"):
                     text += piece.delta.text
                     yield piece
             yield _finished(job, call, text)
         finally:
             self._running.discard(cancelled)
 
-    def _memory(
-        self, caller: Caller, job: Job, documents: Sequence[Document], cancelled: threading.Event
-    ) -> Memory | None:
+    def _held(self, caller: Caller, job: Job, more: Sequence[Document], cancelled: threading.Event) -> Held:
         """Return what the request reads: its memories as far as they are wanted, and documents of its own."""
 
         def check() -> None:
             check_cancelled(cancelled)
 
         memory = self.memories.open(caller.tenant, job.memories, job.wanted, check) if job.memories else None
-        if documents:
-            held = [] if memory is None else [document.id for document in memory.documents]
-            memory = memory.subset(held) if memory is not None else self.engine.remember([])
-            memory.add(distinct(documents, memory.documents), check=check)
-        return memory
+        return holding(self.engine, memory, check)("", more)
 
     def _suffix_bytes(self, caller: Caller, job: Job) -> int:
         """Return the bytes that the answer's suffixes will take: what a request costs beside the chunk KV it shares."""
@@ -216,7 +211,11 @@ def _finished(job: Job, call: Call, text: str) -> Finished:
     answer = call.stream.answer
     if answer.finish_reason == "cancelled":
         raise CancelledError("the answer was cancelled")
-    text = "\n".join(filter(None, [text.strip(), call.broken]))  # what is no call is not lost
-    found = call.citations(job.citations) if text else []
-    looked = attention_map(answer, call.stream.documents) if job.attention else None
-    return Finished(text, answer, call.reason, call.calls, tuple(found), looked, answer.stopped_by)
+    before = 0
+    if job.request.template == "raw":
+        before = len(text) - len(text.lstrip())
+    else:
+        text = "\n".join(filter(None, [text.strip(), call.broken]))  # what is no call is not lost
+    found = tuple(one.moved(before) for one in call.citations(job.citations)) if text else ()
+    looked = attention_map(answer, call.stream.documents).moved(before) if job.attention else None
+    return Finished(text, answer, call.reason, call.calls, found, looked, answer.stopped_by, call.computed)

@@ -20,7 +20,7 @@ from focus_core.server.access import Caller
 from focus_core.server.answering import Answering, Finished, Job
 from focus_core.server.errors import ApiError, error_body, translate
 from focus_core.server.http import Reader, event_stream, while_connected
-from focus_core.server.openai_api import citation_body, sampling
+from focus_core.server.openai_api import citation_body, sampling, sources_body
 from focus_core.server.schemas import AnthropicChoice, AnthropicTool, MessagesCount, MessagesRequest
 from focus_core.session.attachments import attached_document
 from focus_core.session.citations import STANDARD_CITATIONS, Citation
@@ -87,6 +87,7 @@ def messages_job(body: MessagesRequest) -> Job:
         memories=tuple(body.memories or ()),
         wanted=body.memory_filter,
         citations=STANDARD_CITATIONS if body.citations is None else body.citations,
+        attention=bool(body.attention),
         user=(body.metadata.user_id or "") if body.metadata else "",
     )
 
@@ -207,8 +208,8 @@ def _usage(finished: Finished) -> dict[str, Any]:
     return {
         "input_tokens": usage.local,
         "output_tokens": usage.generated,
-        "cache_read_input_tokens": usage.memory,
-        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": finished.cached_tokens,
+        "cache_creation_input_tokens": finished.computed,
     }
 
 
@@ -229,7 +230,12 @@ def _message(finished: Finished, job: Job, key: str, model: str) -> dict[str, An
         {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments} for call in finished.calls
     ]
     ended = {"stop_reason": _reason(finished), "stop_sequence": finished.stop, "usage": _usage(finished)}
-    return {**_head(key, model), "content": content, **ended, "supported": finished.answer.supported}
+    return {**_head(key, model), "content": content, **ended, **_beside(finished)}
+
+
+def _beside(finished: Finished) -> dict[str, Any]:
+    """Return what Anthropic's form has no word for; its citations stand in the content."""
+    return {name: value for name, value in sources_body(finished).items() if name != "citations"}
 
 
 async def _events(answering: Answering, caller: Caller, job: Job, key: str, model: str) -> AsyncIterator[str]:
@@ -249,7 +255,7 @@ async def _events(answering: Answering, caller: Caller, job: Job, key: str, mode
                     for name, data in blocks.finish([_citation(citation, job) for citation in piece.citations]):
                         yield event(name, **data)
                     ended = {"stop_reason": _reason(piece), "stop_sequence": piece.stop}
-                    yield event("message_delta", delta=ended, usage=_usage(piece), supported=piece.answer.supported)
+                    yield event("message_delta", delta=ended, usage=_usage(piece), **_beside(piece))
                     yield event("message_stop")
                     return
                 delta = piece.delta

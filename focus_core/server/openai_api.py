@@ -213,13 +213,13 @@ def usage_of(made: Sequence[tuple[list[Token], Finished]]) -> dict[str, Any]:
 
 def _usage(made: Sequence[Finished]) -> dict[str, Any]:
     prompt = max((one.prompt_tokens for one in made), default=0)
-    memory = max((one.answer.usage.memory for one in made), default=0)
+    cached = max((one.cached_tokens for one in made), default=0)
     generated = sum(one.answer.usage.generated for one in made)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": memory},
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 
@@ -250,6 +250,13 @@ def attention_body(attention: AttentionMap) -> dict[str, Any]:
     }
 
 
+def sources_body(finished: Finished) -> dict[str, Any]:
+    """Return what an answer stands on: citations, ``supported``, and the attention of its words if asked for."""
+    cited = [citation_body(citation) for citation in finished.citations]
+    looked = {} if finished.attention is None else {"attention": attention_body(finished.attention)}
+    return {"citations": cited, "supported": finished.answer.supported, **looked}
+
+
 def _calls(finished: Finished) -> list[dict[str, Any]]:
     return [
         {
@@ -266,9 +273,7 @@ def _chat_choice(at: int, made: tuple[list[Token], Finished], answering: Answeri
     message: dict[str, Any] = {"role": "assistant", "content": finished.text, "refusal": None}
     if finished.calls:
         message |= {"content": finished.text or None, "tool_calls": _calls(finished)}
-    message |= {"citations": [citation_body(one) for one in finished.citations], "supported": finished.answer.supported}
-    if finished.attention is not None:
-        message["attention"] = attention_body(finished.attention)
+    message |= sources_body(finished)
     shown = {"content": [_logprob(answering, token) for token in tokens], "refusal": None} if logprobs else None
     return {"index": at, "message": message, "logprobs": shown, "finish_reason": finished.reason}
 
@@ -286,14 +291,8 @@ def _text_choice(
             "top_logprobs": [{_token_text(answering, key): value for key, value in token.top} for token in tokens],
             "text_offset": [sum(map(len, texts[:before])) for before in range(len(texts))],
         }
-    return {
-        "index": at,
-        "text": finished.text,
-        "logprobs": shown,
-        "finish_reason": finished.reason,
-        "citations": [citation_body(citation) for citation in finished.citations],
-        "supported": finished.answer.supported,
-    }
+    head = {"index": at, "text": finished.text, "logprobs": shown, "finish_reason": finished.reason}
+    return {**head, **sources_body(finished)}
 
 
 def _token_text(answering: Answering, token: int) -> str:
@@ -363,11 +362,7 @@ async def _chat_chunks(
             async for at, piece in merged:
                 if isinstance(piece, Finished):
                     finished.append(piece)
-                    cited = [citation_body(citation) for citation in piece.citations]
-                    last: dict[str, Any] = {"citations": cited, "supported": piece.answer.supported}
-                    if piece.attention is not None:
-                        last["attention"] = attention_body(piece.attention)
-                    yield chunk(at, last, piece.reason)
+                    yield chunk(at, sources_body(piece), piece.reason)
                     continue
                 shown = None
                 if logprobs and piece.tokens:
@@ -411,8 +406,7 @@ async def _text_chunks(
             async for at, piece in merged:
                 if isinstance(piece, Finished):
                     finished.append(piece)
-                    cited = [citation_body(citation) for citation in piece.citations]
-                    yield chunk(at, "", piece.reason, citations=cited, supported=piece.answer.supported)
+                    yield chunk(at, "", piece.reason, **sources_body(piece))
                 elif piece.delta.text:
                     yield chunk(at, piece.delta.text)
         if usage:

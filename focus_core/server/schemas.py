@@ -74,6 +74,8 @@ class ChatMessage(BaseModel):
     tool_calls: list[dict[str, Any]] | None = None
     citations: list[dict[str, Any]] | None = Field(None, description="Of an answer put back; not read.")
     annotations: list[dict[str, Any]] | None = Field(None, description="Of an answer put back; not read.")
+    supported: float | None = Field(None, description="Of an answer put back; not read.")
+    attention: dict[str, Any] | None = Field(None, description="Of an answer put back; not read.")
 
 
 class ResponseFormat(BaseModel):

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from tests.server.conftest import CONTRACTS, Running
+from tests.server.conftest import CONTRACTS, Running, fill
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 ADD = {
@@ -100,6 +100,8 @@ def test_memories_are_read_and_cited(client: openai.OpenAI, scripted: Running) -
         assert text[citation["start_char_index"] : citation["end_char_index"]] == citation["cited_text"]
         assert 0 <= citation["start"] < citation["end"] <= len(message.content or "")
         assert {"start": citation["start"], "end": citation["end"]} in citation["spans"]
+    turns = [*WHO, message, *WHO]  # an answer is put back as it came
+    assert client.chat.completions.create(model=scripted.model, messages=turns).choices[0].message.content
     attention = message.attention  # type: ignore[attr-defined]
     words = [(message.content or "")[word["start"] : word["end"]] for word in attention["words"]]
     assert words == (message.content or "").split()
@@ -249,11 +251,50 @@ def test_completions_continue_texts(endless_client: openai.OpenAI, endless: Runn
     assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
 
 
-def test_a_text_longer_than_the_window_is_read_as_memory(endless_client: openai.OpenAI, endless: Running) -> None:
-    answer = endless_client.completions.create(model=endless.model, prompt="the cat sat. " * 2100, max_tokens=3)
+def test_a_continuation_keeps_its_white_space(endless: Running) -> None:
+    """Prompt and text put together are the whole text; spans count from its first character, streamed alike."""
+    said, stream_of = "  the cat sat \n", endless.engine.stream
+
+    def spaced(*arguments, **named):
+        stream = stream_of(*arguments, **named)
+        left = endless.engine.tokenizer.encode(said)
+        stream._generation._draw = lambda sampler, logits: (left.pop(0), 0.0, ())
+        return stream
+
+    endless.engine.stream = spaced  # type: ignore[method-assign]
+    body = {"model": endless.model, "prompt": "and", "max_tokens": len(endless.engine.tokenizer.encode(said))}
+    try:
+        with endless.client() as client:
+            fill(endless, "spaced", {"note": "the cat sat on the mat."})
+            body |= {"memories": ["spaced"], "attention": True}
+            choice = client.post("/v1/completions", json=body).json()["choices"][0]
+            lines = client.post("/v1/completions", json={**body, "stream": True}).text.splitlines()
+    finally:
+        del endless.engine.stream
+    assert choice["text"] == said
+    chunks = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    assert "".join(chunk["text"] for chunk in chunks) == said
+    assert chunks[-1]["citations"] == choice["citations"]
+    words = [said[word["start"] : word["end"]] for word in choice["attention"]["words"]]
+    assert words == said.split()
+    (cited,) = choice["citations"]
+    assert said[cited["start"] : cited["end"]] == "the cat sat"
+
+
+def test_a_text_is_read_whole_as_far_as_the_window_reaches(endless_client: openai.OpenAI, endless: Running) -> None:
+    """The base continues it as it would alone; a longer one's head becomes memory that is computed for this answer."""
+    engine, text = endless.engine, "the cat sat. " * 1500
+    assert engine.config.window // 2 < engine.count_tokens(text) < engine.config.window - 4
+    answer = endless_client.completions.create(model=endless.model, prompt=text, max_tokens=3)
+    alone = engine.answer(text, template="raw", max_tokens=3)
+    assert answer.choices[0].text.strip() == alone.text
     assert answer.usage is not None
-    assert answer.usage.prompt_tokens_details is not None
-    assert (answer.usage.prompt_tokens_details.cached_tokens or 0) > endless.engine.config.window
+    assert answer.usage.prompt_tokens == alone.usage.local
+    longer = endless_client.completions.create(model=endless.model, prompt=text * 3, max_tokens=3).usage
+    assert longer is not None
+    assert longer.prompt_tokens > engine.config.window
+    assert longer.prompt_tokens_details is not None
+    assert longer.prompt_tokens_details.cached_tokens == 0
 
 
 def test_an_answer_may_outlive_its_connection(client: openai.OpenAI, scripted: Running) -> None:
