@@ -1,7 +1,7 @@
 # One target per habit. Every target may be run again; only what is missing is done.
-#   make demo    install, then ask a real question over a real corpus
+#   make demo       install, then ask a real question over a real corpus
 #   make test       everything that checks the project (lint, types, import directions, tests)
-#   make test-fast  the tests that take under a minute together
+#   make test-fast  the tests that take under a minute on two cores
 #   make check      lint, types and import directions only
 #   make format     put the code into its standard form
 #   make build      wheel and source distribution, checked
@@ -12,8 +12,12 @@ BIN := $(VENV)/bin
 HELP := Check the network and free disk space (the environment needs about 3 GB), then run make again.
 QUESTION := Which statement is used to raise an exception?
 
-.PHONY: demo test test-fast check format build try-wheel clean
+.PHONY: help demo test test-fast check format build try-wheel clean
+.DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   //p' Makefile
 
 $(BIN)/python:
 	@echo "[1/4] virtual environment in $(VENV)"
@@ -50,7 +54,7 @@ test: check
 	$(BIN)/pytest
 
 test-fast: $(VENV)/.dev
-	$(BIN)/pytest -m "not slow and not real"
+	$(BIN)/pytest -n 2 -m "not slow and not real"
 
 build: $(VENV)/.dev
 	rm -rf dist

@@ -1,4 +1,4 @@
-"""Check what runs on lent GPU machines: pieces that may be damaged, and the whole run with a tiny base."""
+"""Check what runs on GPU machines: pieces that may be damaged, and the whole run with a tiny base."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def test_pieces_arrive_in_any_order_and_a_damaged_one_is_refused(pieces, tmp_pat
     assert not list((state / "incoming").iterdir())
 
 
+@pytest.mark.slow
 def test_the_run_of_a_base_works_from_end_to_end():
     """Pieces in, training stopped and gone on with elsewhere, losses, tables and the adapter in pieces back."""
     command = [sys.executable, str(GPU / "train_base.py"), "--smoke"]
@@ -57,6 +58,7 @@ def test_the_run_of_a_base_works_from_end_to_end():
     assert "smoke: all well" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "count"), [("kills", 6), ("damages", 25), ("full", 8), ("writers", 2), ("readers", 1), ("migrations", 3)]
 )
@@ -68,6 +70,7 @@ def test_broken_stores_lose_nothing(kind, count):
     assert "0 bad" in ended.stdout
 
 
+@pytest.mark.slow
 def test_a_large_base_is_measured_in_small(tmp_path):
     """The same code on a tiny random shape: every step runs, and the figures are written."""
     command = [sys.executable, str(GPU / "large_base.py"), "--smoke", "--output", str(tmp_path / "large.json")]
@@ -78,6 +81,7 @@ def test_a_large_base_is_measured_in_small(tmp_path):
     assert values["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_the_step_is_checked_in_small():
     """The script that checks kernels and times steps on a card runs on the CPU, every format once."""
     command = [sys.executable, str(GPU / "check_step.py"), "--smoke"]

@@ -8,7 +8,7 @@ framework is imported here, and no response is made.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -22,7 +22,6 @@ from focus_core.model.tool_calls import ChatDelta, ToolCall, ToolCallParser
 from focus_core.prompts import Template
 from focus_core.session.citations import Citation, cite
 from focus_core.session.engines import Held
-from focus_core.session.pieces import trimmed
 from focus_core.text.corpus import Document
 
 SAMPLING = tuple(field.name for field in fields(DecodeConfig) if field.name != "stop")
@@ -137,13 +136,30 @@ class Call:
             held.clear()
             return tokens
 
-        for text in trimmed(texts()) if trim else texts():
+        for text in _trimmed(texts()) if trim else texts():
             for delta in [ChatDelta(text)] if self.parser is None else self.parser.push(text):
                 yield Piece(delta, taken())
         for delta in self.parser.finish() if self.parser is not None else ():
             yield Piece(delta, taken())
         if held:
             yield Piece(ChatDelta(), taken())
+
+    def texts(self) -> Iterator[str]:
+        """Yield the text alone, without white space at either end; what is no whole call is text where it stood."""
+        return _trimmed(self._texts())
+
+    def _texts(self) -> Iterator[str]:
+        if self.parser is None:
+            yield from self.stream
+            return
+        known = 0
+        for piece in self.stream:
+            yield from (delta.text for delta in self.parser.push(piece) if delta.text)
+            for call in self.parser.broken[known:]:
+                yield call.written
+            known = len(self.parser.broken)
+        yield from (delta.text for delta in self.parser.finish() if delta.text)
+        yield from (call.written for call in self.parser.broken[known:])
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
@@ -217,3 +233,15 @@ def _conversation(
         cancelled=cancelled,
     )
     return stream, held
+
+
+def _trimmed(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield pieces without the white space at both ends of the whole, so that streams add up to ``answer.text``."""
+    held, begun = "", False
+    for piece in pieces:
+        held += piece if begun else piece.lstrip()
+        ready = held.rstrip()
+        if ready:
+            begun = True
+            held = held[len(ready) :]
+            yield ready

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from focus_core.answers import Answer
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError, FocusError
 from focus_core.model.chat import Message, Role
-from focus_core.model.tool_calls import ToolCall, ToolCallParser
+from focus_core.model.tool_calls import ToolCall
 from focus_core.session.attachments import attached_document
 from focus_core.session.citations import cite
 from focus_core.session.documents import source_dicts, written
@@ -147,21 +147,6 @@ def _document(block: CitableBlock | DocumentBlock) -> Document:
 
 
 # -- out --------------------------------------------------------------------------------------------------------
-
-
-def texts_of(stream: Iterable[str], parser: ToolCallParser | None) -> Iterator[str]:
-    """Yield text; with a parser, tool calls in it go to the parser instead, and what is no call is text again."""
-    if parser is None:
-        yield from stream
-        return
-    known = 0
-    for piece in stream:
-        yield from (delta.text for delta in parser.push(piece) if delta.text)
-        for call in parser.broken[known:]:
-            yield call.written
-        known = len(parser.broken)
-    yield from (delta.text for delta in parser.finish() if delta.text)
-    yield from (call.written for call in parser.broken[known:])
 
 
 def blocks_of(text: str, calls: Sequence[ToolCall], citations: Sequence[CitationBlock] = ()) -> list[ContentBlock]:

@@ -42,10 +42,9 @@ from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
 from focus_core.session import concurrency
 from focus_core.session.engines import MemoryHolder, shared_engine
-from focus_core.session.pieces import trimmed
 from focus_core.session.request import seconds_of
 from focus_core.session.settings import AnswerSettings
-from focus_integrations.llama_index._messages import about, blocks_of, citations_of, message_of, texts_of, to_messages
+from focus_integrations.llama_index._messages import about, blocks_of, citations_of, message_of, to_messages
 from focus_integrations.llama_index._request import MemorySource, start
 
 dispatcher = get_dispatcher(__name__)
@@ -169,7 +168,7 @@ class FocusLLM(AnswerSettings, FunctionCallingLLM):
         call = start(self, kwargs, cancelled, prompt)
         text = ""
         with call.stream:
-            for piece in trimmed(call.stream):
+            for piece in call.texts():
                 text += piece
                 yield CompletionResponse(text=text, delta=piece)
         yield CompletionResponse(text=text, delta="", **about(call, kwargs.get("max_sources", self.max_sources)))
@@ -207,7 +206,7 @@ class FocusLLM(AnswerSettings, FunctionCallingLLM):
         call = start(self, kwargs, cancelled, turns, *carried)
         text = ""
         with call.stream:
-            for piece in trimmed(texts_of(call.stream, call.parser)):
+            for piece in call.texts():
                 text += piece
                 yield ChatResponse(message=message_of(blocks_of(text, call.calls)), delta=piece)
         blocks = blocks_of(text, call.calls, citations_of(call, carried))

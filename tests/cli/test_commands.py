@@ -88,6 +88,7 @@ def test_chat_answers_until_an_empty_line(run, files, monkeypatch):
     assert err.count("passage") == 2
 
 
+@pytest.mark.slow
 def test_a_long_chat_reads_its_oldest_turns_from_memory(run, files, monkeypatch):
     """When the turns outgrow the window, the first ones are sources like the files, not forgotten."""
     lines = iter([f"question {n}: " + "the cat sat on the mat. " * 20 for n in range(6)] + [""])

@@ -71,6 +71,7 @@ def test_every_sample_validates_and_ends(engine, name, max_tokens):
         assert answer.usage.generated <= max_tokens
 
 
+@pytest.mark.slow
 def test_greedy_and_long_memories_too(engine):
     """Greedy answers over a memory validate; attention is recorded for every token."""
     memory = engine.remember([Document("a", "the cat sat on the mat. " * 20)])

@@ -197,6 +197,7 @@ def test_3_the_choice_may_change_between_steps(family, make_engine):
     torch.testing.assert_close(torch.stack(found).double(), expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gemma3_text", "smollm3"])
 def test_3_moved_chunk_kv_equals_layers_run_by_hand(family, make_engine):
     """Chunk KV moved in front of the question == transformers' layers over a cache filled by hand, the last without."""

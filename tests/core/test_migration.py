@@ -85,6 +85,7 @@ def test_a_store_without_documents_is_brought_along(engine, tmp_path):
     assert store.verify() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["fsync", "replace", "unlink"])
 def test_a_torn_migration_is_repeated(engine, tmp_path, monkeypatch, call):
     """Stopped at any write: the next opening finds the old folder or the new one, whole."""

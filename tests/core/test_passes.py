@@ -240,6 +240,7 @@ def test_memory_that_runs_out_in_a_step_is_one_clear_error(asked, monkeypatch):
                 act(reading)
 
 
+@pytest.mark.slow
 def test_many_answers_are_those_of_each_question(make_engine):
     """answer_many of five questions == answer of each; a bad question raises its own error."""
     engine = make_engine()

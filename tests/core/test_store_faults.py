@@ -237,6 +237,7 @@ def test_a_stop_before_the_commit_changes_nothing(make_engine, tmp_path, monkeyp
     assert names(engine, tmp_path) == ["a", "b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

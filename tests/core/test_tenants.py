@@ -99,6 +99,7 @@ def store(tmp_path_factory):
     return Store(tmp_path_factory.mktemp("store"))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.lists(METADATA, max_size=6), st.dictionaries(st.sampled_from(["k", "l", "odd \"key' $.x"]), CONDITIONS))
 def test_filters_in_sql_are_those_of_python(store, rows, where):

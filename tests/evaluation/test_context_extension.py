@@ -69,6 +69,7 @@ def test_rope_is_that_of_a_configured_model(make_engine, kind):
     assert torch.equal(model(row).logits, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [1, 7, 20])
 def test_streaming_sees_sinks_and_the_latest_tokens(make_engine, block):
     """In one layer KV depends on its token alone: the answer is that to the sinks and the last tokens in one row."""

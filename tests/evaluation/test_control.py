@@ -13,6 +13,7 @@ from focus_core.evaluation.tasks.multi_document import Question
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_control.py"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_the_control_learns_and_is_a_base_of_its_own(make_engine):
     """The loss falls, also in the merged model, and no low-rank part is left in it; only answers count."""

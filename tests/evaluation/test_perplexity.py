@@ -33,6 +33,7 @@ def test_without_chunks_it_is_transformers_loss(make_engine, family):
         assert float(loss) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
 @pytest.mark.parametrize("rows", [1, 9, 1000])
 @pytest.mark.parametrize("settings", [{}, {"candidate_bias": "log_k", "top_candidates": 2}, {"prompt_length": 2}])

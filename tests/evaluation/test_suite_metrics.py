@@ -34,6 +34,7 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(said, wanted
     assert Measure("rouge-l")(said, (wanted,)) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_rouge_l_takes_the_best_answer_and_any_length():
     """Several references; no words at all is 0; a sentence of thousands of words raises nothing."""
     rouge = Measure("rouge-l")

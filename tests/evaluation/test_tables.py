@@ -89,6 +89,7 @@ def test_the_table_states_counts_and_intervals(tmp_path):
     assert lines[-1] == "k seen in training: up to 96"
 
 
+@pytest.mark.slow
 def test_the_markdown_gathers_all_runs_of_a_folder(focusllm, tmp_path):
     """A second command with another length, then another method: three rows, by length, own method first."""
     arguments = ["eval", "passkey", "--chunk-sizes", "64", "--trials", 1, "--output", tmp_path]
@@ -128,6 +129,7 @@ def test_plots_gather_all_runs_of_a_folder(tmp_path):
     assert draw_folder(tmp_path, "kv") == []
 
 
+@pytest.mark.slow
 def test_perplexity_prints_the_ratio_first_and_draws(focusllm, tmp_path):
     """Two lengths over one text: a table, metrics, a plot, and nothing computed again."""
     (tmp_path / "book.txt").write_text(" ".join(f"The cat sat on mat {number}." for number in range(400)))
@@ -148,6 +150,7 @@ def test_perplexity_prints_the_ratio_first_and_draws(focusllm, tmp_path):
     assert (tmp_path / "out" / "perplexity-400-c48-p4-g8.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.varies == "lengths"])
 def test_every_generated_task_makes_a_table(focusllm, tmp_path, task):
     """One trial of each by the command: predictions, metrics and Markdown are there."""
@@ -194,6 +197,7 @@ def test_timings_wait_for_the_gpu(monkeypatch):
     assert happened == ["wait", "clock", "work", "wait", "clock"]
 
 
+@pytest.mark.slow
 def test_bench_prints_each_line_when_it_is_known(make_engine, monkeypatch, focusllm):
     """The first line is out before the second measure starts; --only leaves the others out; ratios are numbers."""
     engine = make_engine(chunk_size=32, window=512)

@@ -109,6 +109,7 @@ def test_test_questions_are_asked_on_release_alone(rows, monkeypatch, make_engin
         TaskOptions(engine.tokenizer, 4, distractors_from="far")
 
 
+@pytest.mark.slow
 def test_the_split_is_what_was_drawn(shared_data):
     """220 questions of lost-in-the-middle are listed, none of the 200 that tables have scored, and whole articles."""
     path = shared_data / "eval/litm_nq/nq-open-oracle.eval.jsonl.gz"

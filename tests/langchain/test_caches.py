@@ -31,6 +31,7 @@ def test_a_cache_tells_filters_apart(kind):
     assert _sources(kind(engine=ENGINE, cache=cache, max_tokens=2), memory=ENGINE.remember(["b"])) == ["b"]
 
 
+@pytest.mark.slow
 @BOTH
 async def test_a_cache_serves_no_old_contents(kind, tmp_path):
     """Changed contents of a retriever, a file, a folder and a saved memory are read, cached or not, sync or not."""

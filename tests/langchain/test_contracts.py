@@ -105,6 +105,7 @@ def test_every_standard_block_goes_back_into_the_history():
     assert chat.invoke([HumanMessage(["who?", blank]), AIMessage(blocks[:7]), HumanMessage("and?")]) is not None
 
 
+@pytest.mark.slow
 def test_broken_calls_are_no_traceback():
     """What a model writes instead of a call is text or an invalid call, in invoke and in a stream alike."""
 
@@ -150,6 +151,7 @@ class _Listening(BaseCallbackHandler):
         self.parents.append(parent_run_id)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("asynchronous", [False, True])
 async def test_streaming_inside_invoke(kind, asynchronous):

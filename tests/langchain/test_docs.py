@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from focus_core.session import engines
 from focus_integrations.langchain import ChatFocusLLM, text_splitter
 from focus_integrations.langchain._model import FocusModel
@@ -14,6 +16,7 @@ from tests.langchain.conftest import tiny_engine
 PAGE = (Path(__file__).parents[2] / "docs" / "langchain.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_pages_blocks_run(tmp_path, monkeypatch, capsys):
     """All blocks in order, as one programme, on a tiny engine."""
     monkeypatch.chdir(tmp_path)

@@ -43,6 +43,7 @@ def test_chain_over_a_folder(tmp_path, capsys):
     assert sum("lease.txt" in line for line in lines) == 3
 
 
+@pytest.mark.slow
 def test_chat_with_citations(capsys):
     """Two questions, two cited answers; the second reads what the first computed."""
     module = _load("langchain_chat")
@@ -54,6 +55,7 @@ def test_chat_with_citations(capsys):
     assert any(f"[{name}]" in said for name in module.PAGES)
 
 
+@pytest.mark.slow
 def test_agent_with_long_memory(tmp_path, capsys):
     """What left the conversation is on disk, word for word."""
     module = _load("langchain_agent")
@@ -64,6 +66,7 @@ def test_agent_with_long_memory(tmp_path, capsys):
     assert capsys.readouterr().out.count("%") >= 2
 
 
+@pytest.mark.slow
 def test_compare(capsys):
     """Both chains answer every question."""
     module = _load("langchain_compare")

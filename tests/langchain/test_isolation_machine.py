@@ -10,6 +10,7 @@ import asyncio
 import copy
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -185,7 +186,7 @@ def _answer(chat: ChatFocusLLM, way: str, question: str, given: dict[str, Any]) 
     return message.text, sources, {(one["title"], one["cited_text"]) for one in facts["citations"]}
 
 
-TestIsolation = Isolation.TestCase
+TestIsolation = pytest.mark.slow(Isolation.TestCase)
 TestIsolation.settings = settings(
     max_examples=12, stateful_step_count=14, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -157,6 +157,7 @@ def _agent(memory: LongMemory, **settings: Any) -> Any:
     return create_agent(chat, [read_file], middleware=[middleware], checkpointer=InMemorySaver())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_an_agent_keeps_everything_and_says_little(asynchronous):
     """Old turns and large results are moved word for word, read by the model, and stay in the checkpoint."""
@@ -186,6 +187,7 @@ def test_an_agent_keeps_everything_and_says_little(asynchronous):
     assert all(name.startswith("result/two/") for name in read)
 
 
+@pytest.mark.slow
 def test_notes_are_read_everywhere_and_documents_besides():
     """A note of one thread is in another's memory; the model's own documents are read too; its filter holds threads."""
     memory = LongMemory(engine=SCRIPTED)
@@ -217,6 +219,7 @@ def test_another_model_gets_what_is_recalled():
     assert seen[0][0].content == f"be brief\n\nFrom memory:\n- {best.passage.strip()}"
 
 
+@pytest.mark.slow
 def test_a_structured_agent():
     """create_agent with response_format ends in a valid value."""
     from pydantic import BaseModel

@@ -47,6 +47,7 @@ def _said(chunks: Any) -> str:
 # -- the same answer on every way -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @BOTH
 async def test_every_way_gives_the_engines_answer(kind):
     """invoke, stream, batch and their async twins, and both classes, give what the engine itself gives."""
@@ -62,6 +63,7 @@ async def test_every_way_gives_the_engines_answer(kind):
     assert [_text(one) for one in await model.abatch(["who sat?"] * 2)] == [expected] * 2
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_batch_passes_the_model_together(kind, monkeypatch):
     """Eight prompts of a batch take fewer sweeps than the same prompts one after the other, and say the same."""
@@ -83,6 +85,7 @@ def test_a_batch_passes_the_model_together(kind, monkeypatch):
     assert sum(sizes) == alone
 
 
+@pytest.mark.slow
 @BOTH
 def test_concurrent_calls_equal_sequential_ones(kind):
     """Twelve threads with sampling, memories and seeds of their own get what they get alone."""
@@ -131,6 +134,7 @@ def test_one_load_per_process(monkeypatch):
 # -- the event loop and cancelling ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("way", ["invoke", "stream"])
 async def test_the_event_loop_stays_free(kind, way):
@@ -205,6 +209,7 @@ def test_timeouts_stop_and_say_so(kind):
 # -- memory -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @BOTH
 def test_cache_keys_hold_the_corpus(kind, tmp_path):
     """One prompt over other documents, a changed list, a changed memory, or call documents is not served from cache."""
@@ -345,6 +350,7 @@ CITED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["v0", "v1"])
 @pytest.mark.parametrize("name", CITED)
 def test_citations_are_exact_and_come_last(name, version):
@@ -433,6 +439,7 @@ class Person(BaseModel):
     age: int
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice", ["any", "required", True, "Person", {"type": "function", "function": {"name": "Person"}}]
 )
@@ -442,6 +449,7 @@ def test_forced_choices_call(choice):
     assert isinstance(Person(**message.tool_calls[0]["args"]), Person)
 
 
+@pytest.mark.slow
 def test_choices_that_do_not_call():
     """'none' and 'auto' may answer in words; parallel_tool_calls=False gives one call."""
     chat = ChatFocusLLM(engine=ENGINE, max_tokens=160, temperature=2.0, seed=1)

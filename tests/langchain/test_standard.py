@@ -78,6 +78,7 @@ class _Integration(ChatModelIntegrationTests):
         return message
 
 
+@pytest.mark.slow
 class TestStructure(_Integration):
     @property
     def chat_model_params(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from focus_integrations.langchain import ChatFocusLLM
 from tests.langchain.test_models import ENGINE, SCRIPTED, Person
 
 
+@pytest.mark.slow
 def test_tools_stream_and_round_trip():
     """Streamed call chunks add up to the call; no two calls have the same id, of equal requests neither."""
 
@@ -36,6 +37,7 @@ def test_tools_stream_and_round_trip():
     assert later.tool_calls[0]["id"] != message.tool_calls[0]["id"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
 def test_structured_output_of_any_sample(method):
     """Whatever is sampled is a value of the schema; include_raw gives the message too; streams end in the value."""

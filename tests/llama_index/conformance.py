@@ -174,12 +174,14 @@ class LLMConformance:
 
     # -- tools --------------------------------------------------------------------------------------------------
 
+    @pytest.mark.slow
     def test_a_required_tool_is_called(self, llm):
         response = llm.chat_with_tools([ADD, SHOUT], "the cat", tool_required=True, **self.tool_kwargs)
         calls = llm.get_tool_calls_from_response(response)
         assert {call.tool_name for call in calls} <= {"add", "shout"}
         assert len({call.tool_id for call in calls}) == len(calls) >= 1
 
+    @pytest.mark.slow
     async def test_a_named_tool_is_called_everywhere(self, llm):
         options = {"tool_choice": "add", **self.tool_kwargs}
         responses = [
@@ -196,6 +198,7 @@ class LLMConformance:
         blocks = [[one.model_dump(exclude={"tool_call_id"}) for one in found.message.blocks] for found in responses]
         assert all(found == blocks[0] for found in blocks)
 
+    @pytest.mark.slow
     def test_tool_results_are_read(self, llm):
         asked = llm.chat_with_tools([ADD], "the cat", tool_required=True, **self.tool_kwargs)
         (call,) = llm.get_tool_calls_from_response(asked)
@@ -214,6 +217,7 @@ class LLMConformance:
         with pytest.raises(ValueError, match="no tool"):
             llm.get_tool_calls_from_response(response)
 
+    @pytest.mark.slow
     async def test_predict_and_call(self, llm):
         options = {"tool_required": True, **self.tool_kwargs}
         done = llm.predict_and_call([ADD], "the cat", **options)
@@ -232,6 +236,7 @@ class LLMConformance:
 
     # -- structured output --------------------------------------------------------------------------------------
 
+    @pytest.mark.slow
     async def test_structured_prediction(self, llm):
         template = PromptTemplate("a toy for the {who}")
         toy = llm.structured_predict(Toy, template, llm_kwargs=self.tool_kwargs, who="cat")
@@ -242,6 +247,7 @@ class LLMConformance:
         stream = await llm.astream_structured_predict(Toy, template, llm_kwargs=self.tool_kwargs, who="cat")
         assert (await collect(stream))[-1] == toy
 
+    @pytest.mark.slow
     def test_structured_llm_and_program(self, llm):
         template = ChatPromptTemplate([ChatMessage(role="user", content="a toy")])
         answer = llm.as_structured_llm(Toy).chat(HELLO, **self.tool_kwargs)

@@ -95,6 +95,7 @@ async def long_memory():
 # -- agents -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [True, False])
 async def test_function_agent_calls_and_answers(llm, script, streaming):
     """A call, its result, an answer; the stream shows the call when it is whole."""
@@ -114,6 +115,7 @@ async def test_function_agent_calls_and_answers(llm, script, streaming):
         assert streamed[-1].response == "the sum is 7"
 
 
+@pytest.mark.slow
 async def test_function_agent_by_constraint_alone(llm):
     """Unscripted: random weights, held to the first call by the grammar of the tool's schema."""
 
@@ -128,6 +130,7 @@ async def test_function_agent_by_constraint_alone(llm):
     assert response.response.content
 
 
+@pytest.mark.slow
 async def test_react_agent_thinks_acts_and_answers(llm, script):
     """ReAct's text format, over two steps."""
     script(
@@ -139,6 +142,7 @@ async def test_react_agent_thinks_acts_and_answers(llm, script):
     assert response.tool_calls[0].tool_output.content == "7"
 
 
+@pytest.mark.slow
 async def test_agent_workflow_hands_over(llm, script):
     """One agent hands over to another, which calls its own tool."""
     script(
@@ -178,6 +182,7 @@ async def test_an_agent_asks_an_index(llm, script):
 # -- long memory ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_evicted_turns_become_memory(llm, script, long_memory):
     """Turns that leave the chat window are read as chunks, word for word; the prompt has no trace of the block."""
     block = FocusMemoryBlock(llm=llm)
@@ -227,6 +232,7 @@ async def test_passages_for_models_that_cannot_read_memory(llm, long_memory):
     assert "the dog ate the hat" in first.content
 
 
+@pytest.mark.slow
 async def test_remember_recall_forget_as_tools(llm, script):
     """An agent keeps a fact, finds it in another conversation, and forgets it; bad ids are answered, not raised."""
     block = FocusMemoryBlock(llm=llm)

@@ -19,6 +19,7 @@ from llama_index.core.schema import Document as Page
 from llama_index.core.schema import TextNode
 
 from focus_core import Document
+from focus_core.answers import AnswerStream
 from focus_core.model.constraints import regex
 from focus_integrations.llama_index import FocusLLM, FocusMemoryBlock, FocusMemoryIndex
 from tests.conftest import tiny_model
@@ -162,6 +163,7 @@ async def test_questions_above_the_window_ask_its_tail(llm):
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": true, "b": true}}\n</tool_call>'
 
 
+@pytest.mark.slow
 def test_equal_requests_have_calls_of_their_own(llm, write):
     """Ids differ between requests and within one; the parts of a stream agree on theirs."""
     write(CALL + "\n" + CALL)
@@ -176,6 +178,7 @@ def test_equal_requests_have_calls_of_their_own(llm, write):
     assert not {*streamed[-1]} & {*ids}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "written",
     [
@@ -200,15 +203,14 @@ def test_a_call_that_is_none_comes_back_as_text(llm, write, written):
 def test_deeply_nested_arguments_come_back_as_text(llm, engine, monkeypatch):
     """No RecursionError from the JSON parser."""
     deep = '<tool_call>\n{"name": "add", "arguments": {"a": ' + "[" * 3000 + "]" * 3000 + "}}\n</tool_call>"
-    from focus_integrations.llama_index import llm as module
-
-    plain = module.texts_of
-    monkeypatch.setattr(module, "texts_of", lambda stream, parser: (list(stream), plain([deep], parser))[1])
+    plain = AnswerStream.__iter__
+    monkeypatch.setattr(AnswerStream, "__iter__", lambda stream: (list(plain(stream)), iter([deep]))[1])
     found = llm.chat_with_tools([ADD], "add")
     assert "[[[[" in found.message.content
     assert not [block for block in found.message.blocks if isinstance(block, ToolCallBlock)]
 
 
+@pytest.mark.slow
 def test_no_call_is_read_where_none_is_wanted(llm, write):
     """tool_choice="none": the text that looks like a call stays text."""
     write(CALL)

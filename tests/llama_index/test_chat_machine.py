@@ -206,4 +206,4 @@ Conversations.TestCase.settings = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
-test_conversations = Conversations.TestCase
+test_conversations = pytest.mark.slow(Conversations.TestCase)

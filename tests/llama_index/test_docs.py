@@ -17,6 +17,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "llama_index.md").read_text(encodin
 INHERITED = {"model_config", "rate_limiter", "messages_to_prompt", "query_wrapper_prompt", "output_parser"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecationWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # LlamaIndex leaves its database open
 def test_the_snippets_run(make_engine, tmp_path, monkeypatch):

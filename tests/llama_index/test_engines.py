@@ -67,6 +67,7 @@ async def four_ways(make, message: str = "who sat?") -> list[tuple[str, set[str]
 # -- filters ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("another", [False, True], ids=["focus", "another"])
 @pytest.mark.parametrize("mode", MODES)
 async def test_every_chat_mode_reads_what_passes_its_filters(index, mode, another):
@@ -138,6 +139,7 @@ async def test_condensed_questions_stream_with_history(index):
     assert engine.chat_history == []
 
 
+@pytest.mark.slow
 async def test_conversations_with_more_text_than_the_window(make_engine):
     """A long system prompt, and modes that put every node into it: read as memory, not refused."""
     small = make_engine(model=tiny_model("llama", window=512), window=512, chunk_size=64)
@@ -151,6 +153,7 @@ async def test_conversations_with_more_text_than_the_window(make_engine):
         assert ways[0][0]
 
 
+@pytest.mark.slow
 async def test_a_turn_whose_stream_is_left_is_kept(index):
     """As LlamaIndex's own engines do since 0.14.16: the question at once, the answer when it is whole."""
     for mode in (*MODES, ChatMode.SIMPLE):
@@ -163,6 +166,7 @@ async def test_a_turn_whose_stream_is_left_is_kept(index):
         assert chat.chat_history[-1].content == str(expected)
 
 
+@pytest.mark.slow
 def test_braces_are_text(llm):
     """JSON and template fields in documents, metadata, questions, histories and system prompts."""
     odd = '{"name": "cat", "x": {context_str}} {0} {} '
@@ -209,6 +213,7 @@ class Backwards(BaseNodePostprocessor):
         return nodes[-1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -316,6 +321,7 @@ def test_an_empty_memory_that_is_given_is_used(llm, engine):
 # -- places -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template", ["{metadata_str}\n\n{content}", "[{content}]\n{metadata_str}", "{metadata_str}|{content}"]
 )

@@ -30,6 +30,7 @@ def run(name: str, *arguments: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_the_corpus_is_kept_between_processes(tiny, tmp_path):
     """Build in one process, ask in another; a document comes and goes, and nothing has changed at the end."""
     said = run("llama_index_corpus.py", *tiny, "--limit", "1", "--dir", str(tmp_path / "index"))
@@ -42,6 +43,7 @@ def test_the_corpus_is_kept_between_processes(tiny, tmp_path):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_once(tiny, tmp_path):
     """The second run reads the changed file only and forgets the removed one."""
     pages = tmp_path / "pages"

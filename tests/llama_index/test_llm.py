@@ -215,6 +215,7 @@ def test_a_pickle_finds_its_engine_again(engine, monkeypatch):
     assert set(asked) == {("x", "y", 9, None, None)}
 
 
+@pytest.mark.slow
 def test_tool_call_text_is_text_without_tools(llm, engine, monkeypatch):
     """The same output is a call where tools were offered, and plain text where none were."""
     written = '<tool_call>\n{"name": "add", "arguments": {"a": true, "b": true}}\n</tool_call>'

@@ -47,6 +47,7 @@ def test_offsets_are_exact_and_nodes_tile_the_document(text):
         assert before.relationships[NodeRelationship.NEXT].node_id == after.node_id
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(min_size=1, max_size=300), st.dictionaries(st.sampled_from("abc"), st.text(max_size=6), max_size=2))
 def test_a_node_with_its_metadata_fits_a_chunk(text, metadata):

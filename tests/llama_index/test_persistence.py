@@ -84,6 +84,7 @@ def test_a_stopped_persist_is_noticed(index, llm, tmp_path, monkeypatch):
     assert torch.equal(logits(FocusMemoryIndex.load(tmp_path, llm)), logits(index))
 
 
+@pytest.mark.slow
 def test_load_in_another_process(make_engine, tokenizer, tmp_path):
     """A saved base, an index persisted here, loaded and asked there: the same answer."""
     model = tiny_model("llama", window=1024)

@@ -89,6 +89,7 @@ class Splitter(BaseQuestionGenerator):
         return self.generate(tools, query)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_loop")
 def test_router_and_sub_questions(index, llm, engine, monkeypatch):
     """Engines of LlamaIndex that route and split stand on ours; the router's choice is scripted by a grammar."""

@@ -70,6 +70,7 @@ def test_a_stop_sequence_is_named(client: anthropic.Anthropic, scripted: Running
     assert (answer.stop_reason, answer.stop_sequence, answer.content[0].text) == ("stop_sequence", " is", "Here it")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_tools_are_called_and_answered(client: anthropic.Anthropic, scripted: Running, stream: bool) -> None:
     turns = [{"role": "user", "content": "add 3 and 4"}]

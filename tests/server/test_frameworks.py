@@ -23,6 +23,7 @@ pytestmark = [
 langchain_openai = pytest.importorskip("langchain_openai", reason="needs langchain-openai")
 
 
+@pytest.mark.slow
 class TestChatOpenAI(ChatModelIntegrationTests):
     """langchain-tests' suite, run on ChatOpenAI against the server."""
 
@@ -62,6 +63,7 @@ class TestChatOpenAI(ChatModelIntegrationTests):
         super().test_json_mode(model)
 
 
+@pytest.mark.slow
 def test_chat_openai_reads_memories_and_streams(scripted: Running) -> None:
     chat = langchain_openai.ChatOpenAI(
         base_url=f"{scripted.url}/v1",

@@ -25,6 +25,7 @@ REQUESTS = 1_000
 LEFT_OUT = ("/v1/memories/{name}/indexing/{key}/events",)
 
 
+@pytest.mark.slow
 def test_malformed_requests_and_no_500(tmp_path: Path) -> None:
     """Each is refused with one error in the interface's form, or answered."""
     with serving(tiny_engine(ScriptedEngine), tmp_path, prompt_tokens=500, seconds=20.0) as running:
@@ -72,6 +73,7 @@ def _send(operation: Any, running: Running, count: int, seen: list[int]) -> None
             assert mode == schemathesis.GenerationMode.NEGATIVE
 
 
+@pytest.mark.slow
 def test_connections_dropped_at_random_moments_leave_a_right_answer(endless: Running) -> None:
     host, port = endless.url.removeprefix("http://").split(":")
     asked = {"model": endless.model, "stream": True, "messages": [{"role": "user", "content": "hi"}]}

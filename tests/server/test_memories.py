@@ -58,6 +58,7 @@ def test_a_memory_is_made_filled_changed_and_dropped(own: Running) -> None:
         assert _ask(client, own, memories=["contracts"]).status_code == 404
 
 
+@pytest.mark.slow
 def test_uploaded_documents_are_converted_and_cited_by_page(own: Running) -> None:
     pytest.importorskip("kreuzberg", reason="needs the converter: pip install 'focusllm[documents]'")
     pages = ["The lease of Ann ends in May.", "The boat of Bob is red."]
@@ -148,6 +149,7 @@ def test_a_failed_or_stopped_change_leaves_the_memory_as_it_was(own: Running) ->
         assert [one["id"] for one in client.get("/v1/memories/notes/documents").json()["data"]] == ["a"]
 
 
+@pytest.mark.slow
 def test_memories_outlive_the_server(tmp_path: Path) -> None:
     engine = tiny_engine(ScriptedEngine)
     with serving(engine, tmp_path) as running:
@@ -167,6 +169,7 @@ def test_a_memory_is_dropped_when_its_time_is_over(own: Running) -> None:
         assert [one["name"] for one in client.get("/v1/memories").json()["data"]] == ["long"]
 
 
+@pytest.mark.slow
 def test_several_memories_are_read_together_and_told_apart(own: Running) -> None:
     fill(own, "mine", {"note": "the cat sat on the mat."})
     fill(own, "yours", {"note": "the dog ate the hat."})
@@ -193,6 +196,7 @@ def two_tenants(tmp_path: Path):
         yield running, made
 
 
+@pytest.mark.slow
 def test_a_tenant_sees_nothing_of_another(two_tenants) -> None:
     running, keys = two_tenants
     with running.client(keys["bob"]) as bob:

@@ -351,6 +351,7 @@ def test_images_are_refused_by_name(client: openai.OpenAI, scripted: Running) ->
         client.chat.completions.create(model=scripted.model, messages=[{"role": "user", "content": content}])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_closed_connection_stops_its_answer(endless: Running, stream: bool) -> None:
     body = {"model": endless.model, "messages": WHO, "max_tokens": 6000, "stream": stream}

@@ -58,6 +58,7 @@ def page(browser: Any, running: Running) -> Iterator[Any]:
     context.close()
 
 
+@pytest.mark.slow
 def test_from_nothing_to_the_passage(page: Any, tmp_path: Path) -> None:
     page.get_by_label("New memory").fill("mine")
     page.get_by_role("button", name="Create").click()
@@ -128,6 +129,7 @@ def test_it_is_light_and_dark(browser: Any, running: Running, scheme: str) -> No
     context.close()
 
 
+@pytest.mark.slow
 def test_an_error_is_said_and_the_page_goes_on(page: Any) -> None:
     page.get_by_label("New memory").fill("nasty")
     page.get_by_role("button", name="Create").click()

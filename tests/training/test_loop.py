@@ -141,6 +141,7 @@ def test_a_run_may_go_on_with_gradient_checkpointing(data, tmp_path, tokenizer):
     assert first + rest == pytest.approx(losses, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_exactly(data, tmp_path, tokenizer):
     """The folder as a kill in step 3 would leave it: steps 3 to 5 come out as in the unbroken run, each logged once."""
     base = BaseDecoder(tiny_model("llama", window=512))
@@ -162,6 +163,7 @@ def test_a_killed_run_resumes_exactly(data, tmp_path, tokenizer):
     assert [row["step"] for row in rows[1]] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_export_writes_the_compact_form_and_its_loss(data, tmp_path, tokenizer):
     """The compact adapter is smaller and loads; both losses are those of the weights measured by hand."""
     model, adapter, _ = _run("llama", data, tmp_path / "run", tokenizer, learning_rate=1e-2)

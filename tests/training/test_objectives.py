@@ -44,6 +44,7 @@ def texts():
     return TrainingTexts(tuple(f"book {i}. " + "the cat sat on the mat. " * 120 for i in range(30)), rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "positions"), [("llama", "shared"), ("gemma2", "ordered"), ("opt", "ordered")])
 @pytest.mark.parametrize("prompt", [1, 3, 100])
 def test_a_short_dynamic_prompt_is_scored_as_decoded(family, positions, prompt, make_engine):
