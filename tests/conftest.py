@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import FAMILIES, BaseDecoder
 from focus_core.model.hub import AdapterInfo, LoadedBase, fingerprint
 from focus_core.model.tool_calls import ToolCall, ToolCallParser
+from focus_core.session.engines import MemoryHolder
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCABULARY = 320
@@ -191,6 +193,23 @@ def make_engine(tokenizer: PreTrainedTokenizerFast) -> Iterator[EngineFactory]:
     yield make
     for engine in made:
         engine.close()
+
+
+@pytest.fixture
+def working_threads(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Threads in which documents are read for a call, or layers run, from here on."""
+    found: set[int] = set()
+
+    def noting(own: Callable[..., object]) -> Callable[..., object]:
+        def noted(*arguments: object, **options: object) -> object:
+            found.add(threading.get_ident())
+            return own(*arguments, **options)
+
+        return noted
+
+    monkeypatch.setattr(MemoryHolder, "hold", noting(MemoryHolder.hold))
+    monkeypatch.setattr(BaseDecoder, "logits", noting(BaseDecoder.logits))
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -294,23 +294,6 @@ class LLMConformance:
 
     # -- concurrency --------------------------------------------------------------------------------------------
 
-    async def test_the_event_loop_stays_free(self, llm):
-        """At least 80% of the ticks that an idle loop would have made, for plain and streamed answers."""
-
-        async def ticks(work) -> float:
-            task = asyncio.ensure_future(work)
-            count, began = 0, time.perf_counter()
-            while not task.done():
-                await asyncio.sleep(0.02)
-                count += 1
-            return count / max(1.0, (time.perf_counter() - began) / 0.025)
-
-        async def stream():
-            return await collect(await llm.astream_chat(HELLO, max_tokens=60))
-
-        assert await ticks(llm.achat(HELLO, max_tokens=60)) >= 0.8
-        assert await ticks(stream()) >= 0.8
-
     async def test_cancelling_frees_the_engine(self, llm):
         """A cancelled task and a closed stream leave no thread that goes on generating."""
         task = asyncio.create_task(llm.achat(HELLO, max_tokens=400))

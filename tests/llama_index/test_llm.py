@@ -31,7 +31,7 @@ from focus_core.model.constraints import regex
 from focus_integrations.llama_index import FocusLLM
 from tests.conftest import tiny_model
 
-from .conformance import ADD, HELLO, LLMConformance
+from .conformance import ADD, HELLO, LLMConformance, collect
 
 LONG = "the cat sat on the mat.\n\n" * 200 + "who ate the hat?"
 SCRIPTS = "漢字かな交じり文。🙂🙂 naïve. " * 12
@@ -65,12 +65,20 @@ class TestDefaultModel(LLMConformance):
     test_callbacks_and_token_counts = None
     test_instrumentation = None
     test_cancelling_frees_the_engine = None
-    test_the_event_loop_stays_free = None
     test_deepcopy_answers_alike = None
     test_predict_and_stream_of_templates = None
     test_formatted_skips_the_prompt_wrapper = None
     test_options_of_a_call = None
     test_tool_results_are_read = None
+
+
+async def test_the_event_loop_stays_free(engine, working_threads):
+    """Documents are read and layers run in other threads than the loop's, for plain and streamed answers."""
+    llm = FocusLLM(engine=engine, documents=[REPETITIVE], max_tokens=3)
+    await llm.achat(HELLO)
+    await collect(await llm.astream_complete("the cat sat?"))
+    assert working_threads
+    assert threading.get_ident() not in working_threads
 
 
 # -- memory -----------------------------------------------------------------------------------------------------
@@ -95,6 +103,7 @@ def test_documents_are_read_and_named(engine):
     assert len(llm.complete("who?", max_sources=1).raw["focus"]["sources"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["chat", "question", "raw"])
 def test_prompts_of_any_length(engine, template):
     """What does not fit the window becomes memory, in completions and in conversations."""

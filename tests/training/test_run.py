@@ -186,6 +186,7 @@ def test_the_best_adapter_stays_beside_the_last(tokenizer, book, tmp_path):
         _train(tokenizer, tmp_path / "short.txt", tmp_path / "c", eval_every=1)
 
 
+@pytest.mark.slow
 def test_arms_are_measured_on_the_same_examples(tokenizer, book, tmp_path):
     """One-target training on one objective == dense training on another, in the held-out loss before both."""
     measured = []
@@ -199,6 +200,7 @@ def test_arms_are_measured_on_the_same_examples(tokenizer, book, tmp_path):
     assert measured[0]["queries"] == measured[1]["queries"] == 3
 
 
+@pytest.mark.slow
 def test_compact_training_measures_both_forms(tokenizer, book, tmp_path):
     """The adapter is saved in int8 and export.json holds both losses on the held-out examples."""
     _train(tokenizer, book, tmp_path / "run", compact=True, eval_every=3, eval_examples=2)
@@ -305,6 +307,7 @@ def test_a_damaged_checkpoint_is_kept_aside(damage, tokenizer, book, tmp_path):
     assert "kept in" in notices[0]
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_train_into_one_folder(tokenizer, book, tmp_path):
     """A second run is refused while the first one trains, and leaves it as it would be alone; later it may resume."""
     _, alone = _train(tokenizer, book, tmp_path / "alone", steps=2)
@@ -380,16 +383,20 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(ignored, command, tmp
 
 def test_a_second_signal_interrupts_at_once():
     """The first SIGINT asks for an end, the second raises; afterwards the old handlers are back."""
-    before = signal.getsignal(signal.SIGINT)
-    with StopOnSignal() as stop:
-        assert not stop()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with StopOnSignal() as stop:
+            assert not stop()
+            signal.raise_signal(signal.SIGINT)
+            assert stop()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, found)
 
 
+@pytest.mark.slow
 def test_any_setting_can_be_set_and_tokens_bound_the_run(command, tmp_path):
     """--set takes JSON or text; --max-tokens ends the run at the first step that reaches it."""
     code, err = command("--set", "objective=one_target", "--set", "chunk_sizes=[8]", "--max-tokens", 150)
@@ -440,6 +447,7 @@ def test_one_process_shares_with_nobody():
     assert not processes.agree(False)
 
 
+@pytest.mark.slow
 def test_a_metric_and_trackers_of_ones_own(tokenizer, book, tmp_path):
     """A metric gets an engine that answers as the adapter is served; a tracker gets its numbers and the losses."""
     from accelerate.tracking import GeneralTracker
