@@ -52,6 +52,7 @@ def test_a_collection_by_its_name(run, own, files):
     assert "no collections" in run("list", model=False)[2]
 
 
+@pytest.mark.slow
 def test_verify_finds_and_mends(run, own, files, base_folder):
     """Exit code 3 and the command that mends; after it all is as it was."""
     run("index", files, "--name", "x")

@@ -112,6 +112,7 @@ def test_nothing_moves_where_there_is_no_terminal(capsys):
 NASTY = "see [/etc/hosts] and [bold]x[/bold] \x1b]0;title\x07\x1b[2J"
 
 
+@pytest.mark.slow
 def test_texts_of_others_are_printed_as_they_are(run, tmp_path, monkeypatch):
     """Markup and terminal codes in a passage, a file name, a folder: shown, never obeyed; no traceback."""
     folder = tmp_path / "[red] a["  # with the separator behind it, a closing tag

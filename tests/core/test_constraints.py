@@ -127,6 +127,7 @@ def test_auto_leaves_text_free_and_holds_calls(engine):
     assert free.text != ""
 
 
+@pytest.mark.slow
 def test_a_schema_beside_tools_is_an_answer_or_a_call(engine):
     """With tools and a schema an answer is either valid JSON or valid calls, and both happen."""
     kinds = set()

@@ -184,6 +184,7 @@ def test_a_folder_of_everything_is_read_with_page_citations(run: Any, tmp_path: 
     assert int(told[2]) == page_at(held["report.pdf"].metadata, int(told[1]))
 
 
+@pytest.mark.slow
 @converts
 def test_what_was_converted_is_not_converted_again(make_engine: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Indexing again converts the changed file alone; a file that cannot be read now is not taken for vanished."""
@@ -361,6 +362,7 @@ def test_names_of_any_bytes_lead_back_to_their_files(run: Any, make_engine: Any,
 # -- attached files ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @converts
 def test_attached_files_are_read_as_files_are() -> None:
     """Bytes, base64, a data URL; a PDF has pages; pictures are refused by name."""

@@ -59,6 +59,7 @@ def test_sampling_options_and_seeds(make_engine):
     assert all(token.logprob < 0 for token in tokens)
 
 
+@pytest.mark.slow
 def test_streams_join_to_the_answer_and_close(make_engine):
     """Streamed pieces == the answer's text; leaving the stream early stops the work and keeps what was made."""
     engine = make_engine()

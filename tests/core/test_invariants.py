@@ -55,6 +55,7 @@ def positions_of(family: str) -> list[str]:
     return ["shared", "ordered"] if FAMILIES[family].rotary == "half" else ["ordered"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_1_attached_without_candidates_is_bit_identical_and_detaches(family):
     """Logits of the base alone == with perturbed candidates attached; after detach the modules are the old ones."""
@@ -106,6 +107,7 @@ def test_2_no_chunks_is_the_bases_own_greedy(family, make_engine):
         assert answer.evidence == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen2"])
 def test_2_local_rows_stay_within_a_sliding_window(family, make_engine):
     """A base whose layers see 24 tokens: within them == transformers' generate, beyond them refused."""
@@ -254,6 +256,7 @@ def test_3_narrowing_equals_the_oracle_with_those_chunks_alone(family, mode, mak
                 assert [bool(at.any()) for at in mass.T] == [index in kept for index in range(len(chunks))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_3_batched_equals_one_by_one_equals_ragged(family):
     """Chunk KV of one padded batch == each chunk alone, in float32 to 1e-5."""

@@ -34,6 +34,7 @@ def _loaded(tokenizer, family="llama", **changes):
     return LoadedBase(model, tokenizer, f"tiny-{family}", fingerprint(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_candidates_it_is_the_base_and_the_fingerprint_is_the_bases(family):
     """Logits of the base alone == with a perturbed low-rank adapter; the weights' hash does not count the adapter."""

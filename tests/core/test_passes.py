@@ -147,6 +147,7 @@ def test_an_interrupted_leader_leaves_the_others_running(asked, monkeypatch):
     torch.testing.assert_close(torch.stack(found[1:]), torch.stack(alone[1:]), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [RuntimeError("CUDA out of memory"), KeyboardInterrupt()])
 def test_a_common_pass_that_fails_half_way_leaves_no_trace(asked, monkeypatch, fault):
     """Memory runs out, or Ctrl-C comes, in the last layer of three that pass together: attention kept == alone."""

@@ -146,6 +146,7 @@ def test_a_save_after_a_prune_of_everything_puts_it_again(make_engine, tmp_path,
     assert names(engine, tmp_path) == ["a"]
 
 
+@pytest.mark.slow
 def test_documents_of_one_id_are_updated_as_one(make_engine, tmp_path):
     """A reader never sees a document missing while it is updated, nor a half-done bulk change."""
     engine = make_engine()
@@ -420,6 +421,7 @@ def test_a_folder_is_not_read_into_its_own_memory(run, tmp_path, monkeypatch):
 # -- disks ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_full_disk_is_one_error(make_engine, tmp_path, monkeypatch, call):
     """Whichever write fails: a StoreError, what was there is there, no temporary file stays, and then it goes on."""

@@ -126,6 +126,7 @@ def test_filters_say_what_they_cannot_do(store):
             store.select("y", where)
 
 
+@pytest.mark.slow
 def test_a_memory_of_the_documents_that_fit(make_engine, tmp_path):
     """where= opens what a subset of the whole would be, packed neighbours too, and saving it loses nobody else."""
     engine = make_engine()

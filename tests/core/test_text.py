@@ -54,6 +54,7 @@ def test_fast_ids_and_offsets_are_the_models_own(text):
     assert ours.clean.tolist() == theirs.clean.tolist()
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(texts, st.integers(12, 40))
 def test_chunks_tile_the_text(text, size):

@@ -119,6 +119,7 @@ def test_memories_share_a_budget(make_engine, tmp_path):
     assert poor.encoder.budget.used == 0
 
 
+@pytest.mark.slow
 def test_what_lies_on_disk_can_be_changed_and_carried(make_engine, tmp_path):
     """Added to, removed from, saved elsewhere: as a memory of the same documents that never was on disk."""
     engine = make_engine(memory_budget=0)

@@ -153,6 +153,7 @@ def test_more_trials_extend_a_file_and_fewer_read_a_part(make_engine, tmp_path):
     assert run(engine, "p", trials_of(engine, 1), "truncated", 2, tmp_path).trials == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["config", "adapter", "tokens", "settings", "trials"])
 def test_mixed_predictions_are_refused(make_engine, tmp_path, change):
     """Another configuration, adapter, answer length, setting or question: named in an error, and nothing is written."""

@@ -111,6 +111,7 @@ def test_the_markdown_gathers_all_runs_of_a_folder(focusllm, tmp_path):
     assert "is no metrics file" in " ".join(err.split())
 
 
+@pytest.mark.slow
 def test_plots_gather_all_runs_of_a_folder(tmp_path):
     """Points of two lengths, two methods and two chunk sizes are told apart; an image appears for each axis."""
     for tokens in (1000, 4000):

@@ -420,6 +420,7 @@ def test_files_of_another_kind_are_refused(options, tmp_path, name):
 # -- the real files ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "file"),
     [

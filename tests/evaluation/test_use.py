@@ -308,6 +308,7 @@ def test_advice_needs_more_than_chance():
     assert sign_test([True], [True]) == 1.0
 
 
+@pytest.mark.slow
 def test_the_command_asks_own_questions(run, tmp_path):
     """A table of FocusLLM and its rivals over a folder, and advice; paths for other tasks are refused."""
     docs = tmp_path / "docs"

@@ -35,6 +35,7 @@ def _load(name: str) -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_chain_over_a_folder(tmp_path, capsys):
     """The answer is streamed and three passages of the folder are named."""
     (tmp_path / "lease.txt").write_text("The lease was signed by Ada. " * 90)

@@ -79,6 +79,7 @@ class _Integration(ChatModelIntegrationTests):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 class TestStructure(_Integration):
     @property
     def chat_model_params(self) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def _read(request: Any) -> set[str]:
     return {source["text"] for source in message.response_metadata["sources"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["recall", "forget"])
 @pytest.mark.parametrize("own_tools", [False, True])
 def test_tools_see_their_thread_alone(tool, own_tools):

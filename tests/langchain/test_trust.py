@@ -114,6 +114,7 @@ def test_a_list_of_paths_may_change(tmp_path):
     assert _sources(model) == ["text of b"]
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_saved_memory_is_loaded_once(kind, tmp_path, monkeypatch):
     """memory_path is loaded at the first call and again when it was saved anew, alone and with documents besides."""
@@ -303,6 +304,7 @@ def test_none_means_the_default(kind):
     assert _sources(own, **nothing) == ["the cat sat"]
 
 
+@pytest.mark.slow
 @BOTH
 def test_one_stop_string(kind):
     """A stop string need not be in a list, of a model, bound or in a call, whole or streamed."""

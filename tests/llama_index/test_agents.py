@@ -166,6 +166,7 @@ async def test_agent_workflow_hands_over(llm, script):
     assert isinstance(next(iter(single.agents.values())), FunctionAgent)
 
 
+@pytest.mark.slow
 async def test_an_agent_asks_an_index(llm, script):
     """The tool reads every node; its answer comes back to the agent."""
     pages = [Document(text=f"the {name} sat on the mat. " * 12, doc_id=name) for name in ("cat", "dog")]

@@ -123,6 +123,7 @@ def test_filters_while_a_node_is_replaced(llm, monkeypatch):
 # -- streams ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_condensed_questions_stream_with_history(index):
     """Second turns, whose question is condensed by the model: four equal answers, kept in the history."""
 
@@ -182,6 +183,7 @@ def test_braces_are_text(llm):
         assert (said[2], said[4]) == ("what is {name} {} {0}?", "{x")
 
 
+@pytest.mark.slow
 def test_arguments_that_tutorials_pass_to_chat_engines(index):
     """``streaming``, ``verbose`` and ``similarity_top_k`` in every mode."""
     for mode in (*MODES, ChatMode.SIMPLE):
@@ -190,6 +192,7 @@ def test_arguments_that_tutorials_pass_to_chat_engines(index):
         assert [message.role.value for message in chat.chat_history] == ["user", "assistant"]
 
 
+@pytest.mark.slow
 def test_conversations_share_no_turns(index):
     """Engines, and calls, that are given one list of turns: nobody appends to it."""
     history = [ChatMessage(role="user", content="the cat?"), ChatMessage(role="assistant", content="the mat")]
@@ -261,6 +264,7 @@ def test_postprocessors_choose_what_is_read(index):
     assert [item.node_id for item in chat.source_nodes] == [last.node_id]
 
 
+@pytest.mark.slow
 async def test_engines_that_stand_on_query_engines(index):
     """Engines of LlamaIndex that choose nodes themselves and hand them over; no model of Settings is asked."""
     ask, bundle = index.as_query_engine(max_tokens=4), QueryBundle("who sat?")
@@ -289,6 +293,7 @@ def test_misspelt_arguments_are_refused(index):
 # -- objects and given memories -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_objects_stand_behind_their_summaries(llm):
     """An IndexNode's object answers for it, as in a SummaryIndex; without its text in the answer's sources."""
 

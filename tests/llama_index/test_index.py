@@ -143,6 +143,7 @@ def test_empty_and_non_text_documents(llm, caplog):
 # -- persistence ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_round_trips_answer_alike(index, llm, tmp_path, monkeypatch):
     """persist and load compute nothing; logits are bit-equal, answers and sources the same; then it still changes."""
     expected = index.as_query_engine().query("who sat?")
@@ -348,6 +349,7 @@ async def test_synthesizers_take_texts_and_nothing(llm):
 # -- conversations ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_conversations_read_the_whole_memory(index, own_loop):
     """Four ways to talk give the same turns with sources; history matters; reset forgets it, the memory stays."""
 

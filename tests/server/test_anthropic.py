@@ -29,6 +29,7 @@ def client(scripted: Running) -> Iterator[anthropic.Anthropic]:
         yield made
 
 
+@pytest.mark.slow
 def test_a_message_is_answered(client: anthropic.Anthropic, scripted: Running) -> None:
     answer = client.messages.create(model=scripted.model, max_tokens=64, messages=WHO, system="Be brief.")
     assert answer.content[0].type == "text"
@@ -39,6 +40,7 @@ def test_a_message_is_answered(client: anthropic.Anthropic, scripted: Running) -
     assert counted.input_tokens == answer.usage.input_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "base64"])
 def test_documents_are_cited_by_their_characters(client: anthropic.Anthropic, scripted: Running, kind: str) -> None:
     text = "Ada Miller signed the lease of the mill."

@@ -32,6 +32,7 @@ def own(tmp_path: Path):
         yield running
 
 
+@pytest.mark.slow
 def test_a_memory_is_made_filled_changed_and_dropped(own: Running) -> None:
     with own.client() as client:
         made = client.post("/v1/memories", json={"name": "contracts", "pinned": True})
@@ -137,6 +138,7 @@ def test_progress_is_streamed_until_the_end(own: Running) -> None:
     assert now["tokens_done"] == now["tokens_total"] == seen[-1]["tokens_total"]
 
 
+@pytest.mark.slow
 def test_a_failed_or_stopped_change_leaves_the_memory_as_it_was(own: Running) -> None:
     fill(own, "notes", {"a": "the cat sat on the mat."})
     with own.client() as client:
@@ -223,6 +225,7 @@ def test_a_tenant_sees_nothing_of_another(two_tenants) -> None:
         assert ann.get("/v1/memories/secrets").json()["documents"] == 2
 
 
+@pytest.mark.slow
 def test_answers_in_the_background_are_their_callers_own(two_tenants) -> None:
     running, keys = two_tenants
     with running.client(keys["ann"]) as ann, running.client(keys["bob"]) as bob:
@@ -232,6 +235,7 @@ def test_answers_in_the_background_are_their_callers_own(two_tenants) -> None:
         assert ann.get(f"/v1/chat/completions/{begun['id']}").status_code == 200
 
 
+@pytest.mark.slow
 def test_scopes_say_what_a_key_may_do(two_tenants) -> None:
     running, keys = two_tenants
     with running.client() as nobody, running.client("fk-wrong") as wrong:

@@ -82,6 +82,7 @@ def test_usage_is_one_more_chunk_only_where_it_is_asked_for(client: openai.OpenA
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+@pytest.mark.slow
 def test_memories_are_read_and_cited(client: openai.OpenAI, scripted: Running) -> None:
     alone = client.chat.completions.create(model=scripted.model, messages=WHO)
     answer = client.chat.completions.create(

@@ -97,6 +97,7 @@ def test_the_map_is_walked_by_keys(page: Any) -> None:
     sync_api.expect(page.locator("#passage")).to_contain_text("the cat 🐈 sat")
 
 
+@pytest.mark.slow
 def test_markup_in_documents_and_names_stays_text(page: Any) -> None:
     page.locator("#memory").select_option("nasty")
     page.locator("summary").click()
