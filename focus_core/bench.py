@@ -6,6 +6,7 @@ Timings on shared machines drift; a ratio of interleaved medians does not. Nothi
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
 from focus_core.method.encoding import encode_chunks
+from focus_core.method.room import run_together
 from focus_core.store.memory import Memory
 from focus_core.text.corpus import Document
 
@@ -162,21 +164,46 @@ def _grown(engine: FocusEngine, setting: Setting) -> Line:
 
 
 def _batch(engine: FocusEngine, setting: Setting) -> Line:
-    """Different questions over one memory, all at once and one after the other."""
-    memory = _filled(engine, Setting(max(1, setting.chunks // 8), setting.chunk_size, 1))
+    """Different questions over one memory, all at once and one after the other: tokens of all answers a second."""
+    memory = _filled(engine, setting)
     questions = [f"{_QUESTION} Number {index}." for index in range(_ASKED)]
     options: dict[str, Any] = {"max_tokens": setting.steps, "template": "raw"}
+    tokens: list[int] = []  # of all answers, each time; both sides give the same
+
+    def at_once() -> None:
+        tokens.append(sum(len(answer.tokens) for answer in engine.answer_many(questions, memory, **options)))
 
     def apart() -> None:
         for question in questions:
             engine.answer(question, memory, **options)
 
-    together, single = _interleaved(lambda: engine.answer_many(questions, memory, **options), apart, 3)
+    together, single = _interleaved(at_once, apart, 3)
     return Line(
-        f"batch of {_ASKED} questions over {len(memory)} chunks of {setting.chunk_size}, {setting.steps} tokens each",
-        f"together {together * 1e3:,.0f} ms",
-        f"one after the other {single * 1e3:,.0f} ms",
+        f"batch of {_ASKED} questions over {len(memory)} chunks of {setting.chunk_size}, {tokens[-1]} tokens in all",
+        f"at once {tokens[-1] / together:,.2f} tokens/s",
+        f"one after the other {tokens[-1] / single:,.2f} tokens/s",
         single / together,
+    )
+
+
+def _stacked(engine: FocusEngine, setting: Setting) -> Line:
+    """A step of several questions over one memory in one sweep, and in a sweep for each."""
+    memory, most = _filled(engine, setting), 4 * setting.steps + 8
+    question = engine.local_ids(_QUESTION)
+    several = [engine.reading(memory.state, max_tokens=most) for _ in range(_ASKED)]
+    alone = engine.reading(memory.state, max_tokens=most)
+    for reading in (*several, alone):
+        reading.begin(question)
+
+    def at_once() -> None:
+        run_together(lambda reading: reading.step(30), several, threading.Event())
+
+    together, single = _interleaved(at_once, lambda: alone.step(30), setting.steps)
+    return Line(
+        f"decoding step over {len(memory)} chunks of {setting.chunk_size}, {_ASKED} questions",
+        f"at once {_ASKED / together:,.2f} tokens/s",
+        f"one alone {1 / single:,.2f} tokens/s",
+        _ASKED * single / together,
     )
 
 
@@ -187,6 +214,7 @@ MEASURES: dict[str, Measure] = {
     "step": _step,
     "grown": _grown,
     "batch": _batch,
+    "stacked": _stacked,
 }
 
 

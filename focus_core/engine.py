@@ -23,8 +23,9 @@ from focus_core.generation import Generation, check_cancelled
 from focus_core.hardware import free_bytes
 from focus_core.method.encoding import Check
 from focus_core.method.layout import sink_before
-from focus_core.method.passes import SharedPasses, run_together
+from focus_core.method.passes import SharedPasses
 from focus_core.method.reading import Reading, check_window
+from focus_core.method.room import run_together
 from focus_core.method.state import MemoryState
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.chat import Message, Tool
@@ -288,6 +289,7 @@ class FocusEngine:
     ) -> list[Answer]:
         """Answer several questions, which pass the model together; takes what :meth:`stream` takes.
 
+        As many run at the same time as half of the free memory holds what they add behind the chunks.
         Sampling with one ``seed`` draws the same numbers for each of them. In bfloat16 an answer may differ in its last
         bits, and so in a close choice, from the same question asked alone.
         """

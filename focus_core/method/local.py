@@ -32,8 +32,8 @@ class LocalCache(GrowingKV):
     """Local KV of all layers, kept between the steps of ``incremental`` mode."""
 
     def __init__(self, base: BaseDecoder, capacity: int) -> None:
-        shape = (base.num_layers, 2, 1, base.num_kv_heads, max(capacity, 1), base.head_dim)
-        super().__init__(torch.empty(shape, dtype=base.dtype, device=base.device))
+        shape = (2, 1, base.num_kv_heads, max(capacity, 1), base.head_dim)
+        super().__init__([torch.empty(shape, dtype=base.dtype, device=base.device) for _ in range(base.num_layers)])
 
 
 class Local(NamedTuple):

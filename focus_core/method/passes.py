@@ -2,23 +2,23 @@
 
 Whoever finds the model free leads: it takes along what others have brought meanwhile, and one sweep serves all, so
 weights are read once for all of them. There is no thread of its own and no queue to configure; a request alone runs at
-once. One request's failure is its own: after a failed common sweep each runs alone. It knows nothing of text.
+once. A request may join at any step of another and leave at any. One request's failure is its own: after a failed
+common sweep each runs alone. It knows nothing of text.
 """
 
 from __future__ import annotations
 
-import contextvars
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from focus_core.config import Positions
 from focus_core.errors import CancelledError
+from focus_core.hardware import free_bytes
 from focus_core.method.encoding import Check
 from focus_core.method.local import LocalRows
 from focus_core.method.packed import commit, sweep
@@ -26,10 +26,8 @@ from focus_core.method.rows import ChunkRows
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 
-_T = TypeVar("_T")
-_R = TypeVar("_R")
-_PATIENCE = 0.004  # seconds that a leader waits for those who came along last time
-_MOST = 16  # requests of one sweep
+_PATIENCE = 0.004  # seconds that a leader waits for those who came along last time, at least
+_SHARE = 0.1  # of the time the last sweep took that it waits for them, if that is longer
 
 
 @dataclass(eq=False)
@@ -49,9 +47,20 @@ class Pass:
     positions: Positions
     check: Check
     small: bool
-    hidden: Tensor | None = None
+    logits: Tensor | None = None
     error: Exception | None = field(default=None, repr=False)
     done: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows that pass the layers."""
+        behind = sum(
+            group.chunks.size * (len(it.ordinary) + len(it.candidates))
+            for call in self.calls
+            for group in call
+            for it in group.asked
+        )
+        return behind + sum(len(it.ids) for it in self.local.asked)
 
     def failure(self) -> Exception | None:
         """Hand over what went wrong: kept here, it and the frames that it names would hold each other."""
@@ -73,9 +82,10 @@ class SharedPasses:
         self._waiting: list[Pass] = []
         self._busy = False
         self._together = 1
+        self._patience = _PATIENCE
 
     def run(self, own: Pass) -> Tensor:
-        """Run a pass, alone or with others, keep its rows, and return its last-layer states (1, rows, hidden).
+        """Run a pass, alone or with others, keep its rows, and return the (vocabulary,) float32 logits of its last row.
 
         Raises:
             CancelledError: its ``check`` said so.
@@ -100,9 +110,9 @@ class SharedPasses:
             finally:
                 del error
         own.check()  # in a common sweep one that is cancelled does not stop the others
-        assert own.hidden is not None
+        assert own.logits is not None
         commit(own.calls, [own.local])  # in its own thread, so that an interrupt of the leader cannot part them
-        return own.hidden
+        return own.logits
 
     def _lead(self, own: Pass) -> None:
         batch: list[Pass] = [own]
@@ -111,20 +121,29 @@ class SharedPasses:
             self._sweep(batch)
         finally:  # an interrupt of this thread is not the others'
             with self._change:
+                self._together = len(batch) + len(self._waiting)  # those that will come back, and those that came
                 self._waiting = [*(item for item in batch if item is not own and not item.done), *self._waiting]
                 self._busy = False
                 self._change.notify_all()
 
     def _gather(self, own: Pass) -> list[Pass]:
-        """Take the waiting passes that fit ``own``, after giving those of the last sweep a moment to come back."""
+        """Take the waiting passes that fit ``own``, after giving those of the last sweep a moment to come back.
+
+        They are taken in the order in which they came, as many as half of the free memory holds the rows of.
+        """
         with self._change:
             try:
-                self._change.wait_for(lambda: len(self._waiting) >= self._together, _PATIENCE)
+                self._change.wait_for(lambda: len(self._waiting) >= self._together, self._patience)
             finally:
                 self._waiting.remove(own)
-            others = [item for item in self._waiting if item.positions == own.positions][: _MOST - 1]
+            others: list[Pass] = []
+            left = free_bytes(self.base.device) // 2 - own.rows * row_bytes(self.base)
+            for item in self._waiting:
+                left -= item.rows * row_bytes(self.base)
+                if left < 0:
+                    break
+                others += [item] if item.positions == own.positions else []
             self._waiting = [item for item in self._waiting if item not in others]
-            self._together = 1 + len(others)
             return [own, *others]
 
     def _sweep(self, batch: list[Pass]) -> None:
@@ -136,21 +155,23 @@ class SharedPasses:
 
     def _succeeds(self, batch: list[Pass]) -> bool:
         try:
-            states = self._common_sweep(batch)
+            started = time.monotonic()
+            logits = self._common_sweep(batch)
+            self._patience = max(_PATIENCE, _SHARE * (time.monotonic() - started))
         except Exception as error:
             if len(batch) == 1:
                 batch[0].error, batch[0].done = error, True
             return False
-        for item, hidden in zip(batch, states, strict=True):
-            item.hidden, item.done = hidden, True
+        for item, own in zip(batch, logits, strict=True):
+            item.logits, item.done = own, True
         return True
 
-    def _common_sweep(self, batch: list[Pass]) -> list[Tensor]:
+    def _common_sweep(self, batch: list[Pass]) -> Tensor:
         calls = [call for item in batch if not item.small for call in item.calls]
         joined = [group for item in batch if item.small for call in item.calls for group in call]
         calls = [*calls, joined] if joined else calls
         with torch.no_grad():
-            return sweep(
+            hidden = sweep(
                 self.base,
                 self.adapter,
                 calls,
@@ -158,6 +179,7 @@ class SharedPasses:
                 batch[0].positions,
                 lambda: _check_all(batch),
             )
+            return self.base.logits(torch.cat([rows[:, -1:] for rows in hidden], dim=1))[0].float()
 
 
 def _check_all(batch: Sequence[Pass]) -> None:
@@ -172,25 +194,8 @@ def _check_all(batch: Sequence[Pass]) -> None:
             return
 
 
-def run_together(work: Callable[[_T], _R], items: Sequence[_T], cancelled: threading.Event) -> list[_R]:
-    """Return ``work`` of every item; they run in threads, so that their requests meet and share sweeps.
-
-    Each runs in a copy of the caller's context.
-
-    Args:
-        work: makes one request to an engine.
-        items: any number; as many as share a sweep run at the same time.
-        cancelled: set when one fails, so that the others can end.
-
-    Raises:
-        Exception: of the first item that failed.
-    """
-    if len(items) <= 1:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(min(len(items), _MOST), thread_name_prefix="focusllm-batch") as pool:
-        futures = [pool.submit(contextvars.copy_context().run, work, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            cancelled.set()
-            raise
+def row_bytes(base: BaseDecoder) -> int:
+    """Return the bytes that a row of a sweep takes at most while it passes a layer, reckoned in float32."""
+    config = base.config
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", 4 * config.hidden_size)
+    return int(4 * (8 * config.hidden_size + 4 * inner + 6 * base.num_heads * base.head_dim))

@@ -20,10 +20,11 @@ from focus_core.method.kv import move_keys, rotations
 from focus_core.method.layout import Scoring, check_room, local_start, sink_before
 from focus_core.method.local import Local, LocalCache, LocalRows
 from focus_core.method.packed import commit, sweep
-from focus_core.method.passes import Pass, SharedPasses
+from focus_core.method.passes import Pass, SharedPasses, row_bytes
+from focus_core.method.room import take_room
 from focus_core.method.rows import Behind, ChunkRows
 from focus_core.method.state import MemoryState
-from focus_core.method.suffix import Suffix
+from focus_core.method.suffix import Suffix, suffix_bytes
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 
@@ -98,6 +99,12 @@ class Reading:
         """How many of them stand in front of the local rows by their candidates: k, or fewer after :meth:`narrow`."""
         return self.chunks if self._kept is None else len(self._kept)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this question holds: behind every chunk, and its local KV."""
+        local = self._cache.nbytes if self._cache is not None else 0
+        return local + sum({id(group.suffix): group.suffix.nbytes for group in (*self._all, *self._groups)}.values())
+
     def begin(self, ids: Sequence[int], opening: int = 0) -> Tensor:
         """Inject the dynamic prompt behind every chunk and read the local context (method steps 2-4).
 
@@ -117,6 +124,7 @@ class Reading:
         check_window(self.base, self.focus, len(head) + len(ids), self.max_tokens)
         check_room(self.base, self.chunks, self.focus.positions, len(head) + len(ids) + self.max_tokens)
         self.prompt_tokens = self._prompt_length(len(ids))
+        take_room(self._suffix_bytes(), self.base.device)
         size = self.chunks_per_batch or self._fitting_batch()
         while True:
             try:
@@ -241,12 +249,10 @@ class Reading:
             at += size
         self.local, self._absent, self.reread_tokens = list(self.ids), (head, at), at - head
         row = self._local_row()
+        body = torch.cat(parts, dim=3)
+        body = torch.cat([body, torch.zeros_like(body[:1])])  # the last layer has none
         self._cache = LocalCache(self.base, at + len(row) + self.max_tokens)
-        data = self._cache.data[:, :, 0]  # (layers, 2, kv_heads, capacity, head_dim)
-        data[..., :head, :] = old.data[:, :, 0, :, :head]
-        data[:-1, ..., head:at, :] = torch.cat(parts, dim=3)
-        data[-1, ..., head:at, :] = 0
-        self._cache.used = at
+        self._cache.write_all(torch.cat([old.read()[:, :, 0, :, :head], body], dim=3).unsqueeze(2))
         return self._go_on([], row[head:])
 
     def _turned(self, kv: Tensor, by: int) -> Tensor:
@@ -341,14 +347,14 @@ class Reading:
             absent=self._absent,
         )
         small = len(ordinary) <= 1 and self.chunks_per_batch is None
-        hidden = self.passes.run(Pass(calls, local, self.focus.positions, self.check, small))
+        logits = self.passes.run(Pass(calls, local, self.focus.positions, self.check, small))
         with torch.no_grad():
             order = torch.tensor([index for group in groups for index in group.indices], dtype=torch.long).argsort()
             self.mass = []
             if local.mass:
                 mass = torch.stack(local.mass)
                 self.mass = list(self._in_memory(mass, order.to(mass.device)).unbind())
-            return self.base.logits(hidden[:, -1:])[0, 0].float()
+        return logits
 
     def _in_memory(self, mass: Tensor, order: Tensor) -> Tensor:
         """(layers, heads, candidates + chunks read whole) -> (layers, heads, k)."""
@@ -359,7 +365,6 @@ class Reading:
 
     def _make_groups(self, size: int) -> list[ChunkRows]:
         place = {id(chunk): index for index, chunk in enumerate(self.state.chunks)}
-        capacity = self.prompt_tokens + self.max_tokens
         groups = []
         for slab in self.state.slabs:
             for start in range(0, slab.kv.size, size):
@@ -367,7 +372,7 @@ class Reading:
                 kv = slab.kv.rows(start, stop)
                 held = [(place[id(chunk)], row) for chunk, row in slab.between(start, stop)]
                 indices, rows = [index for index, _ in held], [row for _, row in held]
-                suffix = Suffix(kv, capacity)
+                suffix = Suffix(kv, self.prompt_tokens + 1)
                 groups.append(ChunkRows(kv, suffix, indices, self.chunks, rows=rows))
         return groups
 
@@ -386,10 +391,11 @@ class Reading:
         """Chunks whose prompt injection fits in half of the free memory, and in a batch that is worth while."""
         device = self.base.device
         rows = max(1, self.prompt_tokens)
-        config = self.base.config
-        inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", 4 * config.hidden_size)
-        widths = 8 * config.hidden_size + 4 * inner + 6 * self.base.num_heads * self.base.head_dim
-        free = free_bytes(device)
-        by_memory = free // 2 // (rows * widths * 4)
+        by_memory = free_bytes(device) // 2 // (rows * row_bytes(self.base))
         by_rows = _ROWS_AT_ONCE.get(device.type, 8192) // rows
         return int(max(1, min(by_memory, by_rows, max(self.chunks, 1))))
+
+    def _suffix_bytes(self) -> int:
+        """Bytes that the suffixes will have behind the longest answer."""
+        tokens = self.prompt_tokens + self.max_tokens
+        return sum(suffix_bytes(slab.kv.shape, slab.kv.size, tokens) for slab in self.state.slabs)

@@ -19,6 +19,7 @@ from focus_core.engine import FocusEngine
 from focus_core.errors import CancelledError, ConfigError
 from focus_core.generation import check_cancelled
 from focus_core.method.encoding import kv_shape
+from focus_core.method.suffix import suffix_bytes
 from focus_core.model.chat import Message, Tool, render_messages
 from focus_core.model.tool_calls import ToolCall
 from focus_core.server.access import Caller
@@ -204,7 +205,7 @@ class Answering:
         prompt = min(config.prompt_length, sum(map(len, job.texts)) - sum(attached))
         chunks = self.memories.chunks(caller.tenant, job.memories)
         chunks += sum(1 + length // config.chunk_size for length in attached)
-        return kv_shape(self.engine.base).nbytes(chunks * (prompt + job.request.decode.max_tokens), 0)
+        return suffix_bytes(kv_shape(self.engine.base), chunks, prompt + job.request.decode.max_tokens)
 
 
 def _finished(job: Job, call: Call, text: str) -> Finished:

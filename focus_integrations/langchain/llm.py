@@ -19,7 +19,7 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
-from focus_core.method.passes import run_together
+from focus_core.method.room import run_together
 from focus_core.session import concurrency
 from focus_core.session.request import Request, seconds_of
 from focus_integrations.langchain._model import CONFIG, PROVIDER, Asked, FocusModel, heard, usage_of

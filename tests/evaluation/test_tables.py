@@ -213,7 +213,14 @@ def test_bench_prints_each_line_when_it_is_known(make_engine, monkeypatch, focus
     assert started == ["tokenizer"]
     assert first.ratio > 0
     rest = list(lines)
-    assert [line.measure.split(" ")[0] for line in rest] == ["chunk", "injection", "decoding", "decoding", "batch"]
+    assert [line.measure.split(" ")[0] for line in rest] == [
+        "chunk",
+        "injection",
+        "decoding",
+        "decoding",
+        "batch",
+        "decoding",
+    ]
     assert all(line.ratio > 0 for line in rest)
     with pytest.raises(ConfigError, match="unknown measure 'luck'"):
         bench.choose_measures(["step", "luck"])

@@ -27,7 +27,7 @@ from langchain_core.retrievers import BaseRetriever
 
 from focus_core import Document
 from focus_core.errors import ConfigError, StoreError
-from focus_core.method.passes import run_together
+from focus_core.method.room import run_together
 from focus_core.model.tool_calls import ToolCall, write_tool_call
 from focus_core.session.long_memory import LongMemory
 from focus_integrations.langchain import ChatFocusLLM, FocusLLM, FocusRetriever, FocusTextSplitter, memory_tools
