@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from focus_core.store.places import Place
 
 Name = Annotated[str | None, typer.Option(help="Of the collection.")]
-Collection = Annotated[str, typer.Argument(help="Name of a collection, or folder of a store.")]
+Collection = Annotated[str, typer.Argument(help="Name of a collection, folder of a store, or address.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[
     Path | None, typer.Option("--memory", help="Folder of the store. [default: FOCUSLLM_STORE, or the user's own]")
@@ -55,11 +55,16 @@ def index(
         str,
         typer.Option(help="How chunk KV is written: base, int8 or int4; the same at every run."),
     ] = "base",
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Compute on a Ray cluster: auto, local (this machine's cores) or ray://HOST:PORT."),
+    ] = None,
 ) -> None:
     """Read files and folders into a collection on disk; only what is new or has changed is computed.
 
     Stopped at any moment, the next run goes on from there.
     """
+    from focus_core.session.cluster import RayEncoder
     from focus_core.session.corpus import index_paths
 
     if name is None and memory is None:
@@ -76,6 +81,7 @@ def index(
             progress=lambda done, total: bar(done, "", total),
             skipped=skipped,
             strict=strict,
+            encode=RayEncoder(ray, base) if ray is not None else None,
         )
     tell_encodings(report.encodings)
     counts = {"new": report.added, "changed": report.changed, "removed": report.removed, "unchanged": report.unchanged}
@@ -209,6 +215,23 @@ def export(
     with progress("writing") as bar:
         export_collection(place.open(), place.name, file, lambda done, total: bar(done, "", total))
     note.print(f"{place.name} in {file}", markup=False)
+
+
+@app.command()
+def publish(
+    name: Collection,
+    address: Annotated[
+        str, typer.Argument(help="s3://BUCKET/PATH, file:///SHARE/PATH, or another that fsspec writes.")
+    ],
+    memory: Folder = None,
+) -> None:
+    """Write a collection to an address, for machines that read it from there with --memory ADDRESS."""
+    from focus_core.store.published import publish_collection
+
+    place = _existing(name, memory)
+    with progress("writing") as bar:
+        publish_collection(place.open(), place.name, address, lambda done, total: bar(done, "", total))
+    note.print(f"{place.name} at {address}", markup=False)
 
 
 @app.command(name="import")

@@ -59,7 +59,7 @@ Adapter = Annotated[str | None, typer.Option(help="Adapter folder or hub name, o
 OtherBase = Annotated[bool, typer.Option(help="Let the adapter serve another base than its own, if the shapes fit.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Make it an error if a file under PATHS is left out.")]
 SavedMemory = Annotated[
-    str | None, typer.Option("--memory", help="What `focusllm index` made: the name of a collection, or a folder.")
+    str | None, typer.Option("--memory", help="What was indexed: the name of a collection, a folder, or an address.")
 ]
 MemoryBudget = Annotated[
     str | None, typer.Option(help="Most memory for chunk KV, such as 4GiB; the rest is read from disk. [default: most]")

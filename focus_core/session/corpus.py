@@ -11,7 +11,7 @@ from focus_core.errors import EmptyCorpusError, StoreError
 from focus_core.method.encoding import Check
 from focus_core.method.suffix import suffix_rows
 from focus_core.store.collections import CollectionInfo
-from focus_core.store.indexing import encode_missing, index_documents
+from focus_core.store.indexing import Encode, encode_missing, index_documents
 from focus_core.store.memory import Memory, Progress
 from focus_core.store.places import Place
 from focus_core.store.tiers import STAGED_LAYERS, Staged
@@ -48,6 +48,7 @@ def index_paths(
     check: Check = lambda: None,
     skipped: Callable[[Path, str], None] = lambda path, why: None,
     strict: bool = False,
+    encode: Encode | None = None,
 ) -> IndexReport:
     """Read files and folders into a collection; only what is new or has changed is converted and computed.
 
@@ -62,6 +63,7 @@ def index_paths(
         check: called often; raises to stop; the next run goes on from there.
         skipped: called with a path and the reason for each file that is left out.
         strict: raise if any is left out, before anything is changed.
+        encode: computes chunk KV on other machines; ``engine`` does if not given.
 
     Raises:
         CorpusError: a path cannot be read, nothing to read was found, or ``strict`` and something was left out.
@@ -85,7 +87,7 @@ def index_paths(
         )
     sums = store.text_sums(place.name) if known else {}
     fresh = [one for one in documents.values() if sums.get(one.id) != one.text_sum]
-    index_documents(store, place.name, engine.encoder, fresh, vanished if sync else (), progress, check)
+    index_documents(store, place.name, engine.encoder, fresh, vanished if sync else (), progress, check, encode)
     if known:
         held = [chunk for _, chunk in store.read(place.name).chunks]
         encode_missing(store, engine.encoder, held, lambda tokens: None, check)  # files that were lost

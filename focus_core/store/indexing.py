@@ -7,6 +7,7 @@ the documents beside it in one transaction as soon as all of its chunks are ther
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Protocol
 
 from focus_core.errors import EmptyCorpusError, OutOfMemoryError, StoreError
 from focus_core.hardware import is_out_of_memory
@@ -23,6 +24,31 @@ _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 _COMMIT_TOKENS = 16_384
 
 
+class Encode(Protocol):
+    """Computes the chunk KV that a store has not, and puts it there; calls ``report`` with tokens done."""
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of the documents that are given together, and then committed."""
+
+    def __call__(
+        self, store: Store, encoder: ChunkEncoder, chunks: Iterable[Chunk], report: Callable[[int], None], check: Check
+    ) -> None:
+        """Compute what is missing."""
+
+
+class LocalEncoder:
+    """Computes with the base of this process."""
+
+    tokens_at_once = _COMMIT_TOKENS
+
+    def __call__(
+        self, store: Store, encoder: ChunkEncoder, chunks: Iterable[Chunk], report: Callable[[int], None], check: Check
+    ) -> None:
+        """See :func:`encode_missing`."""
+        encode_missing(store, encoder, chunks, report, check)
+
+
 def index_documents(
     store: Store,
     name: str,
@@ -31,6 +57,7 @@ def index_documents(
     removed: Collection[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
     check: Check = lambda: None,
+    encode: Encode | None = None,
 ) -> None:
     """Put documents into a collection and take others out; those that are there unchanged cost nothing.
 
@@ -42,6 +69,7 @@ def index_documents(
         removed: ids to take out, in the last transaction.
         progress: called with tokens done and to do.
         check: called often; raises to stop, and then what was committed stays.
+        encode: computes what the store has not, on other machines; this one's base if not given.
 
     Raises:
         EmptyCorpusError: a document holds no text; nothing is changed then.
@@ -52,18 +80,20 @@ def index_documents(
             raise EmptyCorpusError(f"document {document.id!r} is empty; leave it out")
     cut = {document.id: encoder.cut(document) for document in documents}
     total, done = sum(len(chunk.ids) for chunks in cut.values() for chunk in chunks), 0
-    for group in _groups(documents, cut):
+    encode = encode or LocalEncoder()
+    for group in _groups(documents, cut, encode.tokens_at_once):
         held = {document.id: document for document in group}
         chunks = [chunk for document in group for chunk in cut[document.id]]
 
         def report(tokens: int, before: int = done) -> None:
             progress(before + tokens, total)
 
-        _commit(store, name, encoder, held, chunks, () if group[-1] is not documents[-1] else removed, report, check)
+        gone = () if group[-1] is not documents[-1] else removed
+        _commit(store, name, encoder, held, chunks, gone, report, check, encode)
         done += sum(len(chunk.ids) for chunk in chunks)
         progress(done, total)
     if removed and not documents:
-        _commit(store, name, encoder, {}, [], removed, lambda tokens: None, check)
+        _commit(store, name, encoder, {}, [], removed, lambda tokens: None, check, encode)
 
 
 def repair_collection(store: Store, name: str, encoder: ChunkEncoder, check: Check = lambda: None) -> int:
@@ -128,11 +158,12 @@ def _commit(
     removed: Collection[str],
     report: Callable[[int], None],
     check: Check,
+    encode: Encode,
 ) -> None:
     rows = [(store.address(encoder.key(chunk)), chunk) for chunk in chunks]
     change = Change(documents, rows, set(documents), removed)
     for last in (False, True):
-        encode_missing(store, encoder, chunks, report, check)
+        encode(store, encoder, chunks, report, check)
         try:
             store.commit(name, encoder.facts(), encoder.config.of_answers(), change)
         except MissingChunksError:  # pruned since they were looked for
@@ -142,14 +173,14 @@ def _commit(
             return
 
 
-def _groups(documents: Sequence[Document], cut: dict[str, list[Chunk]]) -> Iterator[list[Document]]:
+def _groups(documents: Sequence[Document], cut: dict[str, list[Chunk]], most: int) -> Iterator[list[Document]]:
     """Yield documents that are committed together: so many that a commit costs little beside their chunk KV."""
     group: list[Document] = []
     tokens = 0
     for document in documents:
         group.append(document)
         tokens += sum(len(chunk.ids) for chunk in cut[document.id])
-        if tokens >= _COMMIT_TOKENS:
+        if tokens >= most:
             yield group
             group, tokens = [], 0
     if group:

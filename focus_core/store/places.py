@@ -1,15 +1,16 @@
-"""Find where a memory is saved: a folder, or a name in the user's own store."""
+"""Find where a memory is saved: a folder, a name in the user's own store, or an address where it was published."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from focus_core.errors import StoreError
 from focus_core.files import is_store
 from focus_core.store.database import Store
 from focus_core.store.migration import DEFAULT_NAME
+from focus_core.store.published import is_address, open_published
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,23 @@ class Place:
         folder: of the store.
         name: of the collection.
         tenant: whose it is.
+        published: what was opened at an address.
     """
 
     folder: Path
     name: str = DEFAULT_NAME
     tenant: str = ""
+    published: Store | None = field(default=None, compare=False, repr=False)
 
     def open(self, *, read_only: bool = True) -> Store:
-        """Open the store; raises ``StoreError`` where there is none to read."""
+        """Open the store; raises ``StoreError`` where there is none to read, or a published one is to be changed."""
+        if self.published is not None:
+            if not read_only:
+                raise StoreError(
+                    f"{self.name!r} is published and can only be read; change the collection it was published from, "
+                    "and publish that again"
+                )
+            return self.published
         return Store(self.folder, tenant=self.tenant, read_only=read_only)
 
 
@@ -38,10 +48,11 @@ def own_store() -> Path:
 
 
 def find_place(place: str | Path | Place, name: str | None = None) -> Place:
-    """Return what is meant by a folder or a name.
+    """Return what is meant by a folder, a name or an address.
 
     Args:
-        place: folder of a store, or the name of a collection in the user's own store; a folder goes first.
+        place: folder of a store, or the name of a collection in the user's own store (a folder goes first), or an
+            address like ``s3://bucket/contracts`` that a collection was published at.
         name: of the collection in the folder; its only one if not given.
 
     Raises:
@@ -49,6 +60,9 @@ def find_place(place: str | Path | Place, name: str | None = None) -> Place:
     """
     if isinstance(place, Place):
         return place
+    if is_address(place):
+        store, found = open_published(str(place))
+        return Place(store.folder, found, published=store)
     folder = Path(place)
     if is_store(folder):
         return Place(folder, name or _only(folder))

@@ -44,7 +44,7 @@ def export_collection(
         StoreError: there is none, it is damaged, or the file cannot be written.
     """
     contents = store.read(name)
-    keys = {address: _key(contents.info.facts, chunk) for address, chunk in contents.chunks}
+    keys = {address: plain_key(contents.info.facts, chunk) for address, chunk in contents.chunks}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     sums: dict[str, Any] = {}
     with translated(path.parent):
@@ -127,7 +127,7 @@ def _change(store: Store, path: Path, manifest: Mapping[str, Any]) -> tuple[Chan
     chunks = []
     for item in manifest["chunks"]:
         chunk = Chunk(tuple(item["ids"]), tuple(Span(**span) for span in item["spans"]))
-        if not is_key(item["key"]) or item["key"] != _key(manifest["facts"], chunk):
+        if not is_key(item["key"]) or item["key"] != plain_key(manifest["facts"], chunk):
             raise StoreError(f"a chunk in {path} is not what its key says; export the collection again")
         chunks.append((item["key"], chunk))
     rows = [(store.address(key), chunk) for key, chunk in chunks]
@@ -151,6 +151,7 @@ def _put(store: Store, file: zipfile.ZipFile, keys: list[str], sums: Mapping[str
     store.put_all(waiting)
 
 
-def _key(facts: Mapping[str, Any], chunk: Chunk) -> str:
+def plain_key(facts: Mapping[str, Any], chunk: Chunk) -> str:
+    """Return the key of a chunk's KV without the salt of a tenant."""
     sink = facts.get("sink")
     return chunk_key(facts, ([] if sink is None else [sink]) + list(chunk.ids))

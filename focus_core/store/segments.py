@@ -17,7 +17,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,7 @@ class Segments:
     def stage(self, key: str, tensors: Tensors) -> StagedSegment:
         """Write a segment beside its place and wait until the disk has it."""
         self.path(key)
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        data = save(plain, metadata={"key": key})
+        data, facts = pack_segment(key, tensors)
         self._make(self.folder)
         partial = self.folder / f".{key}.{os.getpid()}-{threading.get_ident()}-{next(_numbers)}.partial"
         try:
@@ -112,10 +111,7 @@ class Segments:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        nbytes = sum(tensor.nbytes for tensor in plain.values())
-        return StagedSegment(
-            key, partial, SegmentFacts(len(data), nbytes, {name: describe(plain[name]) for name in plain})
-        )
+        return StagedSegment(key, partial, facts)
 
     def publish(self, staged: Iterable[StagedSegment]) -> None:
         """Move staged segments to their places and wait until the disk knows; the caller holds the write lock."""
@@ -127,6 +123,9 @@ class Segments:
             folders.add(path.parent)
         for folder in sorted(folders):
             sync_folder(folder)
+
+    def prepare(self, wanted: Sequence[tuple[str, SegmentFacts]]) -> None:
+        """Take note that these will be read one after the other; what lies in this folder needs nothing."""
 
     def whole(self, key: str, size: int) -> bool:
         """Whether a file of this size is there; its bytes are not read."""
@@ -216,6 +215,14 @@ class Segments:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "it is no file")
             return file.read()
+
+
+def pack_segment(key: str, tensors: Tensors) -> tuple[bytes, SegmentFacts]:
+    """Return the bytes of a segment's file, and what a catalogue keeps of it."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(plain, metadata={"key": key})
+    nbytes = sum(tensor.nbytes for tensor in plain.values())
+    return data, SegmentFacts(len(data), nbytes, {name: describe(plain[name]) for name in plain})
 
 
 def describe(tensor: Tensor) -> dict[str, Any]:

@@ -203,6 +203,7 @@ class Staged:
             )
             for name, array in self.shape.arrays.items()
         }
+        self.chunks[0].segments.prepare([(chunk.key, chunk.facts) for chunk in self.chunks])
         for slot, (chunk, start, length) in enumerate(zip(self.chunks, self.starts, self.lengths, strict=True)):
             stored = chunk.segments.read_layer(chunk.key, chunk.facts, index)
             for name, array in self.shape.arrays.items():
