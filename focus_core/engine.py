@@ -24,6 +24,7 @@ from focus_core.hardware import free_bytes
 from focus_core.method.encoding import Check
 from focus_core.method.layout import sink_before
 from focus_core.method.passes import SharedPasses
+from focus_core.method.ranks import Ranks
 from focus_core.method.reading import Reading, check_window
 from focus_core.method.room import run_together
 from focus_core.method.state import MemoryState
@@ -56,6 +57,7 @@ class FocusEngine:
         base: ``loaded``'s decoder, if it is there already.
         tokenizer: ``loaded``'s, if it is there already.
         passes: of an engine with the same weights, whose requests then share sweeps with this one's.
+        ranks: processes that share the chunks of every memory; each asks the same questions, one at a time.
 
     Raises:
         UnsupportedModelError: the settings ask for what the base cannot do.
@@ -70,7 +72,9 @@ class FocusEngine:
         base: BaseDecoder | None = None,
         tokenizer: TextTokenizer | None = None,
         passes: SharedPasses | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks
         self.loaded, self.info = loaded, info
         self.base = base or BaseDecoder(loaded.model)
         self.config = fitted(info.focus, self.base)
@@ -168,8 +172,20 @@ class FocusEngine:
         """Return an engine with other :class:`FocusConfig` settings that shares this one's weights."""
         info = replace(self.info, focus=replace(self.config, **changes))
         return FocusEngine(
-            self.loaded, info, self.adapter, base=self.base, tokenizer=self.tokenizer, passes=self.passes
+            self.loaded,
+            info,
+            self.adapter,
+            base=self.base,
+            tokenizer=self.tokenizer,
+            passes=self.passes,
+            ranks=self.ranks,
         )
+
+    def with_ranks(self, ranks: Ranks) -> FocusEngine:
+        """Return an engine that shares the chunks of every memory with other processes, and this one's weights."""
+        engine = self.with_config()
+        engine.ranks = ranks
+        return engine
 
     @property
     def prompts(self) -> Prompts:
@@ -294,6 +310,8 @@ class FocusEngine:
         bits, and so in a close choice, from the same question asked alone.
         """
         cancelled = cancelled or threading.Event()
+        if self.ranks is not None:
+            return [self.answer(question, memory, cancelled=cancelled, **arguments) for question in questions]
         return run_together(
             lambda question: self.answer(question, memory, cancelled=cancelled, **arguments), questions, cancelled
         )
@@ -417,6 +435,7 @@ class FocusEngine:
             max_tokens=max_tokens,
             chunks_per_batch=chunks_per_batch,
             passes=self.passes,
+            ranks=self.ranks,
         )
 
     def count_tokens(self, text: str) -> int:

@@ -13,6 +13,7 @@
     ├── ContextTooLongError                            the local context does not fit the window
     ├── StoreError                                     stored chunk KV is damaged or of other weights
     ├── OutOfMemoryError     (also MemoryError)        not even one chunk fits
+    ├── RankError                                      another process of a shared memory is gone
     └── CancelledError                                 the caller asked to stop
 
 Foreign errors are translated at the border only. Every message says what happened, the value, and what to do next.
@@ -70,6 +71,10 @@ class StoreError(FocusError):
 
 class OutOfMemoryError(FocusError, MemoryError):
     """Not even the smallest batch fits in memory."""
+
+
+class RankError(FocusError):
+    """Another of the processes that share a memory's chunks is gone."""
 
 
 class CancelledError(FocusError):

@@ -32,6 +32,7 @@ from focus_core.cli._shared import (
     Strict,
     Temperature,
     app,
+    join,
     note,
     open_engine,
     open_memory,
@@ -79,7 +80,7 @@ def ask(
     from focus_core.session.engines import holding
     from focus_core.session.request import Request, begin
 
-    engine = open_engine(base, adapter, chunk_size, device, other_base=other_base)
+    engine = join(open_engine(base, adapter, chunk_size, device, other_base=other_base))
     engine = engine.with_config(memory_budget=size_of(memory_budget)) if memory_budget is not None else engine
     held = open_memory(engine, paths or [], memory, strict=strict)
     decode = DecodeConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -97,6 +98,18 @@ def open_engine(
             other_base=other_base,
             notice=lambda text: note.print(text),
         )
+
+
+def join(engine: Any) -> Any:
+    """Share chunks with the other processes that torchrun or accelerate started; the first one alone speaks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return engine
+    from focus_core.method.ranks import Ranks
+
+    ranks = Ranks()
+    if ranks.rank:
+        sys.stdout, note.quiet = Path(os.devnull).open("w", encoding="utf-8"), True  # noqa: SIM115 (until the end)
+    return engine.with_ranks(ranks)
 
 
 def open_memory(engine: Any, paths: list[str], place: str | None, *, strict: bool = False) -> Any:

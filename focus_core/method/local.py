@@ -23,6 +23,7 @@ from focus_core.method.attention import (
     scores_of,
 )
 from focus_core.method.layout import PLAIN, Scoring
+from focus_core.method.ranks import Ranks
 from focus_core.method.rows import Candidates, ChunkRows, Side
 from focus_core.method.suffix import GrowingKV
 from focus_core.model.families import BaseDecoder
@@ -79,6 +80,7 @@ class LocalRows:
         scoring: of the candidates.
         spans: (start, stop) columns of the local keys, those of chunks that are read whole.
         absent: (start, stop) columns that the base's last layer does not have: chunk KV that was moved here.
+        ranks: processes that have candidates of other chunks.
     """
 
     asked: Sequence[Local]
@@ -88,6 +90,7 @@ class LocalRows:
     scoring: Scoring = PLAIN
     spans: Sequence[tuple[int, int]] = ()
     absent: tuple[int, int] | None = None
+    ranks: Ranks | None = None
     mass: list[Tensor] = field(default_factory=list, init=False)
     _causal: dict[int, Tensor] = field(default_factory=dict, init=False)
 
@@ -125,8 +128,12 @@ class LocalRows:
 
     def _front_bias(self, device: torch.device) -> Tensor | None:
         """(1, 1, 1, 1): what is added to the scores of all candidates."""
-        lowered = self.scoring.lowered(sum(len(group.indices) for group in self.groups))
+        lowered = self.scoring.lowered(self._shown())
         return torch.full((1, 1, 1, 1), -lowered, device=device) if lowered else None
+
+    def _shown(self) -> int:
+        """Return how many candidates these rows see."""
+        return sum(len(group.indices) for group in self.groups) if self.ranks is None else self.ranks.candidates
 
     # -- attention ----------------------------------------------------------------------------------------------
 
@@ -158,11 +165,10 @@ class LocalRows:
         if self.cache is not None:
             key, value = (self._present(layer, tensor) for tensor in self.cache.write(layer, key, value))
         local = self._attend_local(query, key, value, scale, softcap)
-        shown = [group for group in self.groups if len(group.indices)] if layer >= self.scoring.first_layer else []
-        if not shown:
+        if layer < self.scoring.first_layer or not self._shown():
             self._record(layer, query, key, None, local.lse, scale, softcap)
             return self._side.unpad(local).out.transpose(1, 2)
-        keys, values = (_joined(tensors) for tensors in zip(*(candidates[group] for group in shown), strict=True))
+        keys, values = self._in_front(key, candidates)
         weigh = partial(
             attend_front, scale=scale, top=self.scoring.top, softcap=softcap, with_lse=bool(self.spans and self.record)
         )
@@ -176,6 +182,14 @@ class LocalRows:
         later = weigh(Part(out, lse), alone, keys[self._sets.later], values[self._sets.later], self._bias)
         out = torch.cat([_flat(first.out), _flat(later.out)], dim=1).index_select(1, self._sets.places)
         return out.transpose(0, 1).unsqueeze(0)
+
+    def _in_front(self, local: Tensor, candidates: Mapping[ChunkRows, Candidates]) -> Candidates:
+        """Return the candidates of all groups, and of other processes."""
+        shown = [candidates[group] for group in self.groups if len(group.indices)]
+        if not shown:
+            shown = [(local[:, :, :0], local[:, :, :0])]  # this process has no chunk
+        keys, values = (_joined(tensors) for tensors in zip(*shown, strict=True))
+        return (keys, values) if self.ranks is None else self.ranks.gather(keys, values)
 
     def _attend_local(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Part:
         rows, columns = query.shape[2], key.shape[2]
@@ -210,7 +224,7 @@ class LocalRows:
         if not self.record:
             return
         if mass is None:
-            mass = query.new_zeros(query.shape[1], sum(len(group.indices) for group in self.groups)).float()
+            mass = query.new_zeros(query.shape[1], self._shown()).float()
         if self.spans and self._lacks(layer):
             mass = torch.cat([mass, mass.new_zeros(mass.shape[0], len(self.spans))], dim=1)
         elif self.spans:

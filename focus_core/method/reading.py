@@ -15,12 +15,13 @@ from torch import Tensor
 from focus_core.config import FocusConfig
 from focus_core.errors import ConfigError, ContextTooLongError, OutOfMemoryError
 from focus_core.hardware import free_bytes, is_out_of_memory
-from focus_core.method.encoding import Check
+from focus_core.method.encoding import Check, never
 from focus_core.method.kv import move_keys, rotations
 from focus_core.method.layout import Scoring, check_room, local_start, sink_before
 from focus_core.method.local import Local, LocalCache, LocalRows
 from focus_core.method.packed import commit, sweep
 from focus_core.method.passes import Pass, SharedPasses, row_bytes
+from focus_core.method.ranks import Ranks
 from focus_core.method.room import take_room
 from focus_core.method.rows import Behind, ChunkRows
 from focus_core.method.state import MemoryState
@@ -56,6 +57,7 @@ class Reading:
         chunks_per_batch: chunks run together; ``None`` chooses from free memory.
         check: called between layers, may raise to cancel.
         passes: runs the sweeps, together with those of other readings that share it; its own if not given.
+        ranks: processes that share the chunks.
     """
 
     def __init__(
@@ -70,7 +72,10 @@ class Reading:
         chunks_per_batch: int | None = None,
         check: Check = lambda: None,
         passes: SharedPasses | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks
+        state = state if ranks is None else ranks.own(state)
         self.passes = passes or SharedPasses(base, adapter)
         self.base, self.adapter, self.focus, self.state, self.sink = base, adapter, focus, state, sink
         self.max_tokens, self.chunks_per_batch = max_tokens, chunks_per_batch
@@ -132,7 +137,7 @@ class Reading:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if size == 1 or not self.chunks:
+                if size == 1 or not self.chunks or self.ranks is not None:  # the others cannot begin again
                     raise OutOfMemoryError(
                         f"reading {self.chunks} chunks does not fit in memory, even one at a time ({error}); use a "
                         "shorter question, a smaller chunk size or fewer documents"
@@ -197,6 +202,8 @@ class Reading:
         Raises:
             ConfigError: keys cannot be moved in this base, or the local context is read anew at every step.
         """
+        if moved and self.ranks is not None:
+            raise ConfigError("chunk KV cannot be moved between processes; use reread_way='run'")
         if moved and (not self.base.rotary or self.focus.local_mode != "incremental"):
             raise ConfigError(
                 "chunk KV can be moved in bases with rotary positions and local_mode='incremental' alone; use "
@@ -278,7 +285,8 @@ class Reading:
             for group in self._groups:
                 group.asked = [Behind(ids)]
             with torch.no_grad():
-                sweep(self.base, self.adapter, calls, (), self.focus.positions, self.check)
+                check = self.check if self.ranks is None else never
+                sweep(self.base, self.adapter, calls, (), self.focus.positions, check)
             commit(calls, ())
             parts = iter(group.suffix.read() for group in self._groups)
             kept = []
@@ -341,20 +349,35 @@ class Reading:
             [Local(local_ids, position, len(local_ids))],
             groups,
             self._cache,
-            record=bool(groups or self._spans),
+            record=bool(self.candidates or self._spans),
             scoring=Scoring.of(self.focus),
             spans=self._spans,
             absent=self._absent,
+            ranks=self.ranks,
         )
+        indices = [index for group in groups for index in group.indices]
+        indices = indices if self.ranks is None else self.ranks.indices(indices)
         small = len(ordinary) <= 1 and self.chunks_per_batch is None
-        logits = self.passes.run(Pass(calls, local, self.focus.positions, self.check, small))
+        logits = self._run(Pass(calls, local, self.focus.positions, self.check, small))
         with torch.no_grad():
-            order = torch.tensor([index for group in groups for index in group.indices], dtype=torch.long).argsort()
+            order = torch.tensor(indices, dtype=torch.long).argsort()
             self.mass = []
             if local.mass:
                 mass = torch.stack(local.mass)
                 self.mass = list(self._in_memory(mass, order.to(mass.device)).unbind())
         return logits
+
+    def _run(self, own: Pass) -> Tensor:
+        """Run a pass; of several processes in all of them or in none."""
+        if self.ranks is None:
+            return self.passes.run(own)
+        self.ranks.check(self.check)
+        own.check = never  # all of them stop between sweeps
+        try:
+            return self.ranks.first(self.passes.run(own))
+        except BaseException:
+            self.ranks.leave()
+            raise
 
     def _in_memory(self, mass: Tensor, order: Tensor) -> Tensor:
         """(layers, heads, candidates + chunks read whole) -> (layers, heads, k)."""
@@ -379,6 +402,7 @@ class Reading:
     def _prompt_length(self, local_tokens: int) -> int:
         """Tokens of the dynamic prompt: all but the last, within its limit and the room behind the longest chunk."""
         longest = max((max(slab.kv.lengths) for slab in self.state.slabs), default=0)
+        longest = longest if self.ranks is None else self.ranks.most(longest)
         room = self.focus.window - longest - 1 - self.max_tokens
         if self.chunks and room < 1:
             raise ContextTooLongError(
