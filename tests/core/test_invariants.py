@@ -438,7 +438,8 @@ def test_reasons_are_of_families_that_exist_and_are_not_served():
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     assert not CANNOT.keys() & FAMILIES.keys()
-    assert [name for name in CANNOT if name not in CONFIG_MAPPING and name != "rwkv"] == []
+    elsewhere = {"rwkv", "minicpm3"}  # of earlier and of later versions than some that are supported
+    assert [name for name in CANNOT if name not in CONFIG_MAPPING and name not in elsewhere] == []
 
 
 def test_unsupported_features_say_so(make_engine):
