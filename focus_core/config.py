@@ -175,6 +175,8 @@ class DecodeConfig(_Json):
         _bounded("repetition_penalty", self.repetition_penalty, 0.0, above=True)
         if self.chunks_per_batch is not None:
             _bounded("chunks_per_batch", self.chunks_per_batch, 1)
+        if self.seed is not None:
+            _bounded("seed", self.seed, -(2**63), 2**63 - 1)
         if any(not text for text in self.stop):
             raise ConfigError("stop must hold non-empty strings; got ''")
 

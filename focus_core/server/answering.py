@@ -123,6 +123,8 @@ class Answering:
             ConfigError: an option is bad, or the texts are longer than the server takes.
             ApiError: a memory is not there.
         """
+        if job.wanted is not None and not job.memories:
+            raise ConfigError("memory_filter needs memories that it chooses from; name some, or leave it out")
         for name in job.memories:
             self.memories.check(caller.tenant, name)
         texts = job.texts

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -33,7 +35,7 @@ from focus_core.server.memories import Memories
 from focus_core.server.memories_api import Indexer, memories_router
 from focus_core.server.metrics import CONTENT_TYPE, Metrics
 from focus_core.server.openai_api import openai_router
-from focus_core.server.settings import ServerSettings
+from focus_core.server.settings import ServerSettings, is_loopback
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -72,7 +74,7 @@ def create_app(engine: FocusEngine, settings: ServerSettings) -> FastAPI:
 
     app = FastAPI(title="focusllm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.keys, app.state.ready = read_keys(settings.keys), False
-    for kind in (ApiError, FocusError, QueueFullError, TimeoutError, RequestValidationError, HTTPException, Exception):
+    for kind in (ApiError, FocusError, QueueFullError, TimeoutError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer_error)
     model = settings.model or model_id(engine.loaded.name)
     app.include_router(openai_router(answering, background, model))
@@ -98,6 +100,8 @@ def create_app(engine: FocusEngine, settings: ServerSettings) -> FastAPI:
 
     app.mount("/", _Page(directory=str(files("focus_core.server") / "page"), html=True))
     app.add_middleware(_BodyLimit, most=settings.body_bytes)
+    app.add_middleware(_Unexpected)
+    app.add_middleware(_SameOrigin, origins=frozenset(settings.origins), local=settings.keys is None)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -124,6 +128,51 @@ class _Page(StaticFiles):
         response.headers["Referrer-Policy"] = "no-referrer"
         response.headers["Cache-Control"] = "no-cache"
         return response
+
+
+class _Unexpected:
+    """Answers what nobody foresaw; a handler of FastAPI's would let it go on to the socket, which is closed then."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            await (await answer_error(Request(scope), error))(scope, receive, send)
+
+
+class _SameOrigin:
+    """Refuses browsers that act for another site: a form can be sent anywhere, and a name can be made to point here."""
+
+    def __init__(self, app: ASGIApp, origins: Collection[str], local: bool) -> None:
+        self.app, self.origins, self.local = app, origins, local
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on if it may come from where it does."""
+        if scope["type"] == "http":
+            headers = Request(scope).headers
+            origin, host = headers.get("origin"), headers.get("host", "")
+            foreign = origin is not None and origin not in self.origins and urlsplit(origin).netloc != host
+            if foreign or (self.local and not is_loopback(urlsplit(f"//{host}").hostname or "")):
+                said = f"origin {origin!r}" if foreign else f"host {host!r}"
+                error = ApiError(403, f"requests of {said} are refused; name it with --origin", code="origin")
+                if not foreign:
+                    error = ApiError(403, f"this server has no keys and is no {said}; use 127.0.0.1", code="host")
+                await JSONResponse(error_body(error), 403)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class _BodyLimit:

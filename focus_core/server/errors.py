@@ -6,6 +6,7 @@ Messages of our own errors are shown as they are; of anything else only its kind
 from __future__ import annotations
 
 import logging
+import traceback
 from typing import Any
 
 from fastapi import Request
@@ -78,14 +79,16 @@ def translate(error: Exception) -> ApiError:
     if isinstance(error, OutOfMemoryError):
         return ApiError(503, str(error), code="out_of_memory", retry_after=10)
     if isinstance(error, StoreError):
-        return ApiError(500, str(error), code="store_error")
+        log.error("the store failed: %s", error)  # its message names folders
+        return ApiError(500, "the memory cannot be read or written; the server's log says why", code="store_error")
     if isinstance(error, CancelledError):
         return ApiError(499, "the request was cancelled", code="cancelled")
     if isinstance(error, TimeoutError):
         return ApiError(504, str(error) or "the answer took too long", code="timeout")
     if isinstance(error, FocusError):
         return ApiError(500, str(error))
-    log.error("unexpected %s while answering a request", type(error).__name__, exc_info=error)
+    frames = "".join(traceback.format_tb(error.__traceback__))  # not its message, which may hold what nobody may see
+    log.error("unexpected %s while answering a request\n%s", type(error).__name__, frames)
     return ApiError(500, f"the server failed ({type(error).__name__}); its log says more", code="internal_error")
 
 

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from focus_core.engine import FocusEngine
+from focus_core.errors import StoreError
+from focus_core.method.state import MemoryState
 from focus_core.server.errors import ApiError
+from focus_core.session.concurrency import Turns
 from focus_core.session.documents import kept_ids
 from focus_core.store.collections import CollectionInfo
 from focus_core.store.database import Store
@@ -60,8 +63,8 @@ class Memories:
         self.engine, self.folder = engine, folder
         self._stores: dict[str, Store] = {}
         self._open: OrderedDict[tuple[str, str], Memory] = OrderedDict()
-        self._joined: OrderedDict[tuple[Any, ...], Memory] = OrderedDict()
-        self._changing: dict[tuple[str, str], threading.Lock] = {}
+        self._joined: OrderedDict[tuple[Any, ...], tuple[list[MemoryState], Memory]] = OrderedDict()
+        self._changing = Turns()
         self._lock = threading.RLock()
         self._store("")
         with self._table() as table:
@@ -82,7 +85,8 @@ class Memories:
     def require(self, tenant: str, name: str) -> tuple[CollectionInfo, Keeping]:
         """Return one memory; raises :class:`ApiError` (404) where the tenant has none of that name."""
         self.check(tenant, name)
-        info = self._store(tenant).counted(name)
+        with self._still_there(tenant, name):
+            info = self._store(tenant).counted(name)
         return info, self._kept(tenant).get(name, Keeping(False, None, info.changed, info.changed))
 
     def check(self, tenant: str, name: str) -> None:
@@ -98,7 +102,8 @@ class Memories:
 
     def chunks(self, tenant: str, names: Sequence[str]) -> int:
         """Return the chunks of some memories."""
-        return sum(self._store(tenant).counted(name).chunks for name in set(names))
+        with self._still_there(tenant, *names):
+            return sum(self._store(tenant).counted(name).chunks for name in set(names))
 
     def documents(self, tenant: str, name: str) -> dict[str, Document]:
         """Return a memory's documents, texts left out."""
@@ -119,7 +124,7 @@ class Memories:
     def create(self, tenant: str, name: str, pinned: bool, ttl: int | None) -> tuple[CollectionInfo, Keeping]:
         """Make an empty memory; raises :class:`ApiError` (409) where there is one of that name."""
         store = self._store(tenant)
-        with self._one_change(tenant, name):
+        with self._changing.of((tenant, name), lambda: None):
             if store.has(name):
                 raise ApiError(409, f"there is a memory {name!r} already", param="name", code="memory_exists")
             self.engine.remember([]).save(store, name=name)
@@ -157,8 +162,8 @@ class Memories:
             progress: called with tokens done and to do.
             check: raises to cancel; the memory is as before then.
         """
-        self.check(tenant, name)
-        with self._one_change(tenant, name):
+        with self._changing.of((tenant, name), check):
+            self.check(tenant, name)
             memory = Memory.load(self._store(tenant), self.engine.encoder, name=name)
             missing = [key for key in remove if key not in memory]
             if missing:
@@ -175,10 +180,11 @@ class Memories:
 
     def drop(self, tenant: str, name: str) -> None:
         """Remove a memory; its chunk KV goes when nothing has used it for a day."""
-        self.check(tenant, name)
-        with self._one_change(tenant, name):
-            self._store(tenant).drop(name)
+        with self._changing.of((tenant, name), lambda: None):
+            self.check(tenant, name)
             self._forget(tenant, name)
+            self._store(tenant).drop(name)
+            self._forget(tenant, name)  # a question may have opened it meanwhile
             self._store(tenant).prune()
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -192,14 +198,14 @@ class Memories:
         """
         opened = [self._opened(tenant, name) for name in dict.fromkeys(names)]
         self._used(tenant, names)
-        states = tuple(id(memory.state) for memory in opened)
+        states = [memory.state for memory in opened]
         if len(opened) == 1 and wanted is None:
             return opened[0]
-        key = (tenant, tuple(names), states, repr(wanted))
+        key = (tenant, tuple(names), tuple(map(id, states)), repr(wanted))
         with self._lock:
             if key in self._joined:
                 self._joined.move_to_end(key)
-                return self._joined[key]
+                return self._joined[key][1]
         memory = opened[0]
         if len(opened) > 1:
             memory = Memory(self.engine.encoder, self._store(tenant))
@@ -207,7 +213,7 @@ class Memories:
         if wanted is not None:
             memory = memory.subset(kept_ids(memory.documents, wanted))
         with self._lock:
-            self._joined[key] = memory
+            self._joined[key] = (states, memory)  # held, so that no other state gets their ids
             while len(self._joined) > _JOINED:
                 self._joined.popitem(last=False)
         return memory
@@ -216,11 +222,12 @@ class Memories:
         self.check(tenant, name)
         with self._lock:
             memory = self._open.get((tenant, name))
-            if memory is not None:
-                memory.refresh()
-                self._open.move_to_end((tenant, name))
-                return memory
-            memory = Memory.load(self._store(tenant), self.engine.encoder, name=name)
+            with self._still_there(tenant, name):
+                if memory is not None:
+                    memory.refresh()
+                    self._open.move_to_end((tenant, name))
+                    return memory
+                memory = Memory.load(self._store(tenant), self.engine.encoder, name=name)
             kept = self._kept(tenant).get(name)
             if kept is not None and kept.pinned:
                 memory.pin()
@@ -243,12 +250,14 @@ class Memories:
             return self._stores[tenant]
 
     @contextmanager
-    def _one_change(self, tenant: str, name: str) -> Iterator[None]:
-        """Let one change of a memory happen at a time in this process; other processes are the store's business."""
-        with self._lock:
-            lock = self._changing.setdefault((tenant, name), threading.Lock())
-        with lock:
+    def _still_there(self, tenant: str, *names: str) -> Iterator[None]:
+        """Say of a memory that was dropped in this moment that it is not there, not that the store failed."""
+        try:
             yield
+        except StoreError:
+            for name in names:
+                self.check(tenant, name)
+            raise
 
     @contextmanager
     def _table(self) -> Iterator[sqlite3.Connection]:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import uuid
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -162,6 +162,10 @@ def memories_router(memories: Memories, indexer: Indexer, document_bytes: int) -
 
     async def _begin(caller: Caller, name: str, found: Sequence[Document]) -> dict[str, Any]:
         await asyncio.to_thread(memories.check, caller.tenant, name)
+        names = Counter(document.id for document in found)
+        twice = next((key for key, count in names.items() if count > 1), None)
+        if twice is not None:
+            raise ApiError(400, f"two documents are named {twice!r}; rename one", param="documents")
         for document in found:
             if len(document.text) > document_bytes:
                 raise ApiError(

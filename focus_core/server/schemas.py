@@ -6,13 +6,16 @@ the ``extra_body`` of their clients.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Metadata = dict[str, str | int | float | bool | None]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Ends = str | list[str]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+_DEPTH = 16  # of metadata
 
 
 class _Request(BaseModel):
@@ -30,7 +33,9 @@ class Sampling(_Request):
     min_p: Probability | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     seed: int | None = None
-    memories: list[str] | None = Field(None, description="Names of the memories to read.")
+    memories: Annotated[list[Name], Field(max_length=64)] | None = Field(
+        None, description="Names of the memories to read."
+    )
     memory_filter: Metadata | list[str] | None = Field(
         None, description="Documents of the memories to read: metadata that must be equal, or ids."
     )
@@ -200,7 +205,7 @@ class MessagesRequest(Sampling):
 class MemoryCreate(_Request):
     """``POST /v1/memories``."""
 
-    name: Annotated[str, Field(min_length=1, max_length=200)]
+    name: Name
     pinned: bool = False
     ttl_seconds: Annotated[int, Field(ge=1)] | None = Field(None, description="Dropped so long after its last use.")
 
@@ -218,6 +223,21 @@ class DocumentUpload(_Request):
     id: Annotated[str, Field(min_length=1, max_length=2000)]
     text: str
     metadata: dict[str, Any] = {}
+
+    @field_validator("metadata")
+    @classmethod
+    def _can_be_listed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        level: list[Any] = [value]
+        for _ in range(_DEPTH):
+            level = [one for item in level if isinstance(item, dict | list) for one in _inside(item)]
+        if level:
+            raise ValueError(f"is nested more than {_DEPTH} deep")
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        return value
+
+
+def _inside(item: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(item.values()) if isinstance(item, dict) else item
 
 
 class DocumentsUpload(_Request):

@@ -58,14 +58,15 @@ class ServerSettings:
             raise ConfigError(f"port must be between 0 and 65535; got {self.port}")
         if self.seconds <= 0 or self.grace < 0:
             raise ConfigError(f"seconds must be above 0 and grace at least 0; got {self.seconds} and {self.grace}")
-        if self.keys is None and not _is_loopback(self.host):
+        if self.keys is None and not is_loopback(self.host):
             raise ConfigError(
                 f"{self.host} can be reached from other machines, and there are no API keys; give --keys FILE "
                 "(make one with `focusllm serve-key`), or listen on 127.0.0.1"
             )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine as it alone can reach it."""
     if host == "localhost":
         return True
     try:
