@@ -141,6 +141,11 @@ class Memories:
             name,
             Keeping(keeping.pinned if pinned is None else pinned, ttl, keeping.created, time.time()),
         )
+        with self._lock:
+            if pinned and (tenant, name) in self._open:
+                self._open[tenant, name].pin()
+            elif pinned is not None:
+                self._open.pop((tenant, name), None)  # opened again, it is one of many
         return self.require(tenant, name)
 
     def update(

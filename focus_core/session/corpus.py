@@ -9,7 +9,7 @@ from pathlib import Path
 from focus_core.engine import FocusEngine
 from focus_core.errors import EmptyCorpusError, StoreError
 from focus_core.method.encoding import Check
-from focus_core.method.suffix import suffix_rows
+from focus_core.method.suffix import suffix_bytes
 from focus_core.store.collections import CollectionInfo
 from focus_core.store.indexing import Encode, encode_missing, index_documents
 from focus_core.store.memory import Memory, Progress
@@ -121,8 +121,7 @@ def memory_costs(memory: Memory, question: int = 64, answer: int = 128) -> dict[
     staged = [source for source in sources if isinstance(source, Staged)]
     rows = sum(slab.kv.size for slab in memory.state.slabs)
     behind = min(question, memory.encoder.config.prompt_length)
-    each = shape.kv_heads * shape.head_dim * 2 * shape.layers * shape.dtype.itemsize
-    suffixes = rows * suffix_rows(behind + answer) * each
+    suffixes = suffix_bytes(shape, rows, behind + answer)
     room, held = max(0, budget.room() - suffixes), {}
     for source in staged:
         held[source] = source.stay(room)

@@ -11,8 +11,10 @@ import pytest
 
 from focus_core.errors import ConfigError
 from focus_core.server.access import add_key, read_keys
+from focus_core.server.memories import Memories
 from focus_core.server.settings import ServerSettings
 from focus_core.store.database import Store
+from focus_core.text.corpus import Document
 from tests import office
 from tests.langchain.conftest import ScriptedEngine, tiny_engine
 from tests.server.conftest import CONTRACTS, Running, fill, serving, wait
@@ -307,3 +309,19 @@ def test_a_question_lists_no_other_memories(own: Running, monkeypatch: pytest.Mo
         assert _ask(client, own, memories=["contracts"]).status_code == 200
         assert _ask(client, own, memories=["others"]).status_code == 404
         assert client.get("/v1/memories/contracts").json()["documents"] == 2
+
+
+def test_a_pinned_memory_keeps_its_place_in_memory(tmp_path: Path) -> None:
+    """Pinning reaches the memory that is open; unpinned, it is opened anew as one of many."""
+    memories = Memories(tiny_engine(), tmp_path)
+    memories.create("", "a", False, None)
+    memories.update("", "a", [Document("x", "the cat sat")], [], lambda done, total: None, lambda: None)
+    memory = memories.open("", ["a"], None, lambda: None)
+    source = memory.state.slabs[0].kv.source
+    memories.keep("", "a", {"pinned": True})
+    assert id(source) in source.budget._pinned
+    assert memories.open("", ["a"], None, lambda: None) is memory
+    memories.keep("", "a", {"pinned": False})
+    again = memories.open("", ["a"], None, lambda: None).state.slabs[0].kv.source
+    assert again is not source
+    assert id(again) not in again.budget._pinned
