@@ -6,9 +6,9 @@ Timings on shared machines drift; a ratio of interleaved medians does not. Nothi
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from focus_core.engine import FocusEngine
 from focus_core.errors import ConfigError
 from focus_core.method.encoding import encode_chunks
-from focus_core.method.room import run_together
 from focus_core.store.memory import Memory
 from focus_core.text.corpus import Document
 
@@ -195,10 +194,10 @@ def _stacked(engine: FocusEngine, setting: Setting) -> Line:
     for reading in (*several, alone):
         reading.begin(question)
 
-    def at_once() -> None:
-        run_together(lambda reading: reading.step(30), several, threading.Event())
-
-    together, single = _interleaved(at_once, lambda: alone.step(30), setting.steps)
+    with ThreadPoolExecutor(_ASKED) as pool:
+        together, single = _interleaved(
+            lambda: list(pool.map(lambda reading: reading.step(30), several)), lambda: alone.step(30), setting.steps
+        )
     return Line(
         f"decoding step over {len(memory)} chunks of {setting.chunk_size}, {_ASKED} questions",
         f"at once {_ASKED / together:,.2f} tokens/s",
