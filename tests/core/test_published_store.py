@@ -171,7 +171,7 @@ def test_a_stop_while_publishing_leaves_the_version_before(kept, cache, tmp_path
     assert engine.load_memory(address).documents == memory.documents
 
 
-def test_what_is_damaged_there_is_refused_and_what_is_damaged_here_is_fetched_again(kept, cache, tmp_path):
+def test_what_is_damaged_there_is_refused_and_what_is_damaged_here_is_fetched_again(kept, cache, tmp_path, monkeypatch):
     """A flipped bit, a cut or a lost file at the address: one error that names it; in the cache nobody notices."""
     engine, store, memory = kept
     address, share = f"file://{tmp_path}/share", tmp_path / "share"
@@ -179,13 +179,14 @@ def test_what_is_damaged_there_is_refused_and_what_is_damaged_here_is_fetched_ag
     expected = logits(engine, memory)
     for path in [next(share.rglob("*.safetensors")), next(share.glob("*.sqlite")), share / "published.json"]:
         data = path.read_bytes()
-        for broken in (data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], data[: len(data) // 2], b"", None):
-            shutil.rmtree(cache, ignore_errors=True)
+        cases = (data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], data[: len(data) // 2], b"", None)
+        for number, broken in enumerate(cases):  # a cache each: what reads ahead may still fetch for the one before
+            monkeypatch.setenv("FOCUSLLM_CACHE", str(tmp_path / f"{path.suffix}-{number}"))
             path.unlink() if broken is None else path.write_bytes(broken)
             with pytest.raises(StoreError, match=r"damaged|lost|cut|nothing is published|cannot be read"):
                 logits(engine, engine.load_memory(address))
             path.write_bytes(data)
-    shutil.rmtree(cache, ignore_errors=True)
+    monkeypatch.setenv("FOCUSLLM_CACHE", str(cache.parent))
     assert torch.equal(logits(engine, engine.load_memory(address)), expected)
     for path in list(cache.rglob("*.safetensors"))[:2] + list(cache.rglob("*.sqlite")):
         for broken in (path.read_bytes()[:-1] + b"x", b"", None):
