@@ -27,7 +27,7 @@ def shared(tmp_path, count, work, *arguments):
     def run(rank):
         torch.set_num_threads(1)
         try:
-            ranks = Ranks(f"file://{tmp_path}/group", rank, count, seconds=60)
+            ranks = Ranks(f"file://{tmp_path}/group", rank, count, seconds=240)
             result = work(ranks, *arguments)
         except Exception as error:
             result = (type(error), str(error), traceback.format_exc())

@@ -356,7 +356,8 @@ def command(book, tmp_path, base_folder, run):
 @pytest.mark.parametrize("ignored", [False, True])
 def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(ignored, command, tmp_path):
     """SIGTERM, in a shell job that ignores SIGINT too: exit 143, a checkpoint, and the next run goes on from it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else None
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else before[0])
 
     def send():
         while not (tmp_path / "run" / "log.jsonl").exists():
@@ -371,10 +372,9 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(ignored, command, tmp
         code, err = command("--steps", 100000)
     finally:
         thread.join()
-        if ignored:
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before[0])
     steps = len(_log(tmp_path / "run"))
-    assert (code, signal.getsignal(signal.SIGTERM)) == (143, signal.SIG_DFL)
+    assert (code, signal.getsignal(signal.SIGTERM)) == (143, before[1])
     assert f"stopped after step {steps} of 100000; run the same command again to go on" in err
     assert 1 <= steps < 200
     assert command("--steps", 100000, "--max-minutes", 0)[0] == 0
