@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MKL_DISABLE_FAST_MM"] = "1"  # its allocator may spin for ever in a fork of a process that had threads
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported; set it to 0 where there is a GPU
 
 import pytest
