@@ -1,8 +1,9 @@
-"""Commands that keep collections: index, list, show, remove, verify, prune, export, import."""
+"""Commands that keep collections: index, list, show, remove, verify, prune, export, publish, import."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -211,10 +212,7 @@ def export(
     """Write a collection, chunk KV and all, to one file that another machine can import."""
     from focus_core.store.portable import export_collection
 
-    place = _existing(name, memory)
-    with progress("writing") as bar:
-        export_collection(place.open(), place.name, file, lambda done, total: bar(done, "", total))
-    note.print(f"{place.name} in {file}", markup=False)
+    note.print(f"{_written(name, memory, export_collection, file)} in {file}", markup=False)
 
 
 @app.command()
@@ -228,10 +226,7 @@ def publish(
     """Write a collection to an address, for machines that read it from there with --memory ADDRESS."""
     from focus_core.store.published import publish_collection
 
-    place = _existing(name, memory)
-    with progress("writing") as bar:
-        publish_collection(place.open(), place.name, address, lambda done, total: bar(done, "", total))
-    note.print(f"{place.name} at {address}", markup=False)
+    note.print(f"{_written(name, memory, publish_collection, address)} at {address}", markup=False)
 
 
 @app.command(name="import")
@@ -266,6 +261,14 @@ def _existing(name: str, memory: Path | None) -> Place:
     place = Place(memory, name) if memory is not None else find_place(name)
     place.open().collection(place.name)
     return place
+
+
+def _written(name: str, memory: Path | None, write: Callable[..., object], target: Path | str) -> str:
+    """Write a collection to a file or an address, showing how far it is; return the collection's name."""
+    place = _existing(name, memory)
+    with progress("writing") as bar:
+        write(place.open(), place.name, target, lambda done, total: bar(done, "", total))
+    return place.name
 
 
 def _place(name: str | None, memory: Path | None) -> Place:

@@ -349,7 +349,7 @@ class Reading:
             [Local(local_ids, position, len(local_ids))],
             groups,
             self._cache,
-            record=bool(self.candidates or self._spans),
+            record=bool(self.candidates),
             scoring=Scoring.of(self.focus),
             spans=self._spans,
             absent=self._absent,
