@@ -8,9 +8,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["MKL_DISABLE_FAST_MM"] = "1"  # its allocator may spin for ever in a fork of a process that had threads
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported; set it to 0 where there is a GPU
 
 import pytest
@@ -162,34 +162,37 @@ EngineFactory = Callable[..., FocusEngine]
 CommandLine = Callable[..., tuple[int, str, str]]
 
 
+def random_engine(
+    tokenizer: PreTrainedTokenizerFast,
+    family: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    model: torch.nn.Module | None = None,
+    scale: float = 0.1,
+    heads: tuple[tuple[int, int], ...] = (),
+    system: str | None = None,
+    **focus: object,
+) -> FocusEngine:
+    """An engine on a tiny model; the same one for the same arguments."""
+    model = (model or tiny_model(family)).to(dtype)
+    loaded = LoadedBase(model, tokenizer, f"tiny-{family}", fingerprint(model))
+    positions = "shared" if FAMILIES[family].rotary == "half" else "ordered"
+    settings = {"window": 256, "chunk_size": 32, "prompt_length": 64, "positions": positions} | focus
+    base = BaseDecoder(model)
+    adapter = CandidateAdapter(base)
+    perturb(adapter, scale=scale)
+    info = AdapterInfo(loaded.name, loaded.fingerprint, FocusConfig(**settings), attribution_heads=heads, system=system)
+    return FocusEngine(loaded, info, adapter, base=base)
+
+
 @pytest.fixture
 def make_engine(tokenizer: PreTrainedTokenizerFast) -> Iterator[EngineFactory]:
     """Build engines on tiny models; ``make_engine("llama", chunk_size=16)``."""
     made: list[FocusEngine] = []
 
-    def make(
-        family: str = "llama",
-        *,
-        dtype: torch.dtype = torch.float32,
-        model: torch.nn.Module | None = None,
-        scale: float = 0.1,
-        heads: tuple[tuple[int, int], ...] = (),
-        system: str | None = None,
-        **focus: object,
-    ) -> FocusEngine:
-        model = (model or tiny_model(family)).to(dtype)
-        loaded = LoadedBase(model, tokenizer, f"tiny-{family}", fingerprint(model))
-        positions = "shared" if FAMILIES[family].rotary == "half" else "ordered"
-        settings = {"window": 256, "chunk_size": 32, "prompt_length": 64, "positions": positions} | focus
-        base = BaseDecoder(model)
-        adapter = CandidateAdapter(base)
-        perturb(adapter, scale=scale)
-        info = AdapterInfo(
-            loaded.name, loaded.fingerprint, FocusConfig(**settings), attribution_heads=heads, system=system
-        )
-        engine = FocusEngine(loaded, info, adapter, base=base)
-        made.append(engine)
-        return engine
+    def make(*arguments: Any, **options: Any) -> FocusEngine:
+        made.append(random_engine(tokenizer, *arguments, **options))
+        return made[-1]
 
     yield make
     for engine in made:

@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
 import time
-import traceback
+from functools import partial
 
 import pytest
 import torch
 
 from focus_core.errors import CancelledError, ConfigError, RankError
-from focus_core.method.ranks import Ranks
 from focus_core.text.corpus import Document
+from tests.processes import together
 
 DOCUMENTS = [Document(str(number), f"the cat {number} sat on mat {number % 4}. " * (number + 1)) for number in range(5)]
 QUESTION, ANSWER = [20, 21, 22, 23], [60, 61, 62]
-
-
-def shared(tmp_path, count, work, *arguments):
-    """Run ``work(ranks, *arguments)`` in ``count`` processes; return what each gave, an exception if it raised one."""
-    context = multiprocessing.get_context("fork")  # the model is there already
-
-    def run(rank):
-        torch.set_num_threads(1)
-        try:
-            ranks = Ranks(f"file://{tmp_path}/group", rank, count, seconds=240)
-            result = work(ranks, *arguments)
-        except Exception as error:
-            result = (type(error), str(error), traceback.format_exc())
-        torch.save(result, tmp_path / f"{rank}.part")
-        (tmp_path / f"{rank}.part").rename(tmp_path / f"{rank}.pt")
-        os._exit(0)
-
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    places = [tmp_path / f"{rank}.pt" for rank in range(count)]
-    return [torch.load(place, weights_only=False) if place.exists() else None for place in places]
 
 
 def logits_of(ranks, engine, memory, act=None):
@@ -71,9 +46,10 @@ def test_shared_chunks_give_the_logits_of_one_process(make_engine, tmp_path, cou
     """Two and four processes, ragged and equal chunks, the best two of all: logits and attention == one process's."""
     engine = make_engine(**settings)
     ties = "top_candidates" in settings  # of equal candidates any may be among the best, as all of layer 0 are
-    memory = engine.remember(DOCUMENTS if ties else [*DOCUMENTS, Document("again", DOCUMENTS[1].text)])
+    documents = DOCUMENTS if ties else [*DOCUMENTS, Document("again", DOCUMENTS[1].text)]
+    memory = engine.remember(documents)
     logits, mass = alone(engine, memory)
-    found = shared(tmp_path, count, logits_of, engine, memory)
+    found = together(tmp_path, count, logits_of, documents, **settings)
     whole = sum(sum(slab.kv.lengths) for slab in memory.state.slabs)
     assert sum(result[3] for result in found) == whole
     assert max(result[3] for result in found) < whole
@@ -88,7 +64,7 @@ def test_fewer_chunks_and_whole_ones_are_shared_too(make_engine, tmp_path, act):
     engine = make_engine()
     memory = engine.remember(DOCUMENTS)
     logits, mass = alone(engine, memory, act)
-    for result in shared(tmp_path, 3, logits_of, engine, memory, act):
+    for result in together(tmp_path, 3, partial(logits_of, act=act), DOCUMENTS):
         torch.testing.assert_close(result[0], logits, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(result[1], mass, atol=1e-5, rtol=1e-4)
 
@@ -98,11 +74,11 @@ def test_only_candidates_travel(make_engine, tmp_path):
     engine = make_engine(chunk_size=100)
     sent = []
     for times in (1, 3):
-        memory = engine.remember([Document(str(number), f"cat {number} sat. " * 6 * times) for number in range(4)])
-        assert len(memory) == 4
+        documents = [Document(str(number), f"cat {number} sat. " * 6 * times) for number in range(4)]
+        assert len(engine.remember(documents)) == 4
         folder = tmp_path / str(times)
         folder.mkdir()
-        sent += [result[2] for result in shared(folder, 2, logits_of, engine, memory)]
+        sent += [result[2] for result in together(folder, 2, logits_of, documents, chunk_size=100)]
     base = engine.base
     each = base.num_layers * 2 * 2 * base.num_kv_heads * base.head_dim * base.dtype.itemsize  # two chunks a process
     assert sent == [len(ANSWER) * each] * 4
@@ -114,7 +90,7 @@ def test_answers_are_those_of_one_process(make_engine, tmp_path):
     memory = engine.remember(DOCUMENTS)
     questions = ["who sat?", "where is cat 3?"]
 
-    def ask(ranks):
+    def ask(ranks, engine, memory):
         own = engine.with_ranks(ranks)
         one = own.answer(questions[0], memory, max_tokens=6, temperature=1.0, seed=3)
         return one.text, [item.document_id for item in one.evidence], [
@@ -123,7 +99,8 @@ def test_answers_are_those_of_one_process(make_engine, tmp_path):
 
     one = engine.answer(questions[0], memory, max_tokens=6, temperature=1.0, seed=3)
     several = [answer.text for answer in engine.answer_many(questions, memory, max_tokens=6)]
-    assert shared(tmp_path, 2, ask) == [(one.text, [item.document_id for item in one.evidence], several)] * 2
+    expected = one.text, [item.document_id for item in one.evidence], several
+    assert together(tmp_path, 2, ask, DOCUMENTS) == [expected] * 2
 
 
 def test_a_cancelled_process_stops_all(make_engine, tmp_path):
@@ -131,7 +108,7 @@ def test_a_cancelled_process_stops_all(make_engine, tmp_path):
     engine = make_engine()
     memory = engine.remember(DOCUMENTS)
 
-    def ask(ranks):
+    def ask(ranks, engine, memory):
         def check():
             if ranks.rank == 1:
                 raise CancelledError("the request was cancelled")
@@ -143,16 +120,14 @@ def test_a_cancelled_process_stops_all(make_engine, tmp_path):
             reading.step(60)
         return engine.with_ranks(ranks).answer("who sat?", memory, max_tokens=3).text
 
-    assert shared(tmp_path, 2, ask) == [engine.answer("who sat?", memory, max_tokens=3).text] * 2
+    assert together(tmp_path, 2, ask, DOCUMENTS) == [engine.answer("who sat?", memory, max_tokens=3).text] * 2
 
 
 @pytest.mark.parametrize("way", ["dies", "fails"])
-def test_a_lost_process_is_one_clear_error(make_engine, tmp_path, way):
+def test_a_lost_process_is_one_clear_error(tmp_path, way):
     """One of two dies or fails in the middle of a layer: the other raises RankError well before its patience ends."""
-    engine = make_engine()
-    memory = engine.remember(DOCUMENTS)
 
-    def ask(ranks):
+    def ask(ranks, engine, memory):
         reading = engine.with_ranks(ranks).reading(memory.state, max_tokens=8)
         reading.begin(QUESTION)
         run_layer = engine.base.run_layer
@@ -169,24 +144,22 @@ def test_a_lost_process_is_one_clear_error(make_engine, tmp_path, way):
         reading.step(60)
 
     started = time.monotonic()
-    first, second = shared(tmp_path, 2, ask)
+    first, second = together(tmp_path, 2, ask, DOCUMENTS)
     assert time.monotonic() - started < 45
     assert first[0] is RankError
     assert "process 0 of 2 lost another one" in first[1]
     assert second is None if way == "dies" else second[:2] == (ValueError, "my own fault")
 
 
-def test_chunk_kv_is_not_moved_between_processes(make_engine, tmp_path):
+def test_chunk_kv_is_not_moved_between_processes(tmp_path):
     """reread_way='moved' names the other way."""
-    engine = make_engine()
-    memory = engine.remember(DOCUMENTS)
 
-    def ask(ranks):
+    def ask(ranks, engine, memory):
         reading = engine.with_ranks(ranks).reading(memory.state, max_tokens=8)
         reading.begin(QUESTION)
         reading.read_whole([0], moved=True)
 
-    for result in shared(tmp_path, 2, ask):
+    for result in together(tmp_path, 2, ask, DOCUMENTS):
         assert result[0] is ConfigError
         assert "reread_way='run'" in result[1]
 
