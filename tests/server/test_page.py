@@ -25,6 +25,7 @@ NASTY = '<img src=x onerror="document.title=1"><script>document.title=2</script>
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with serving(tiny_engine(ScriptedEngine), tmp_path_factory.mktemp("page")) as made:
         fill(made, "nasty", {f"{NASTY}.html": f"{NASTY} the cat 🐈 sat on the mat. " * 4})
+        fill(made, "other", {"other.txt": "a dog 🐕 ran in the park. " * 4})
         yield made
 
 
@@ -109,6 +110,33 @@ def test_markup_in_documents_and_names_stays_text(page: Any) -> None:
     sync_api.expect(page.locator("#passage")).to_contain_text("<script>document.title=2</script>")
     assert page.title() == "focusllm"
     assert page.locator("main img, main script").count() == 0
+
+
+def test_what_comes_late_belongs_to_the_memory_it_was_asked_of(page: Any) -> None:
+    """Another memory is chosen while documents are listed, and after an answer: neither is taken for the other's."""
+    sync_api.expect(page.locator("#documents li")).not_to_have_count(0)
+    held: list[Any] = []
+
+    def hold(route: Any) -> None:
+        held.append(route)
+
+    page.route("**/v1/memories/other/documents", hold)
+    with page.expect_request("**/v1/memories/other/documents"):
+        page.locator("#memory").select_option("other")
+    page.locator("#memory").select_option("nasty")
+    sync_api.expect(page.locator("#documents")).to_contain_text("title=2")
+    with page.expect_response("**/v1/memories/other/documents"):
+        held[0].continue_()
+    page.unroute("**/v1/memories/other/documents", hold)
+    page.get_by_label("Ask about the memory").fill("who sat")
+    page.get_by_role("button", name="Ask").click()
+    cells = page.locator("#map tbody button")
+    sync_api.expect(cells.first).to_be_visible()
+    sync_api.expect(page.locator("#documents")).to_contain_text("title=2")
+    page.locator("#memory").select_option("other")
+    sync_api.expect(page.locator("#documents")).to_contain_text("other.txt")
+    cells.first.click()
+    sync_api.expect(page.locator("#passage")).to_contain_text("the cat 🐈 sat")
 
 
 def test_every_control_has_a_name(page: Any) -> None:

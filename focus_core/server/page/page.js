@@ -52,24 +52,29 @@ async function* events(response) {
 
 // -- memories ----------------------------------------------------------------------------------------------------
 
+// What is chosen may change while an answer of the server is on its way: every request names the memory it was made for.
+
 async function showMemories(wanted) {
   const { data } = await json("/v1/memories");
   const select = at("memory");
+  const chosen = wanted ?? state.memory;
   select.replaceChildren(...data.map((one) => element("option", `${one.name} (${one.documents})`, { value: one.name })));
-  if (wanted) select.value = wanted;
+  if (data.some((one) => one.name === chosen)) select.value = chosen;
   state.memory = select.value;
   await showDocuments();
 }
 
 async function showDocuments() {
-  const found = state.memory ? (await json(`${named(state.memory)}/documents`)).data : [];
+  const memory = state.memory;
+  const found = memory ? (await json(`${named(memory)}/documents`)).data : [];
+  if (memory !== state.memory) return;
   at("document-count").textContent = String(found.length);
   at("documents").replaceChildren(...found.map((one) => {
     const row = element("li");
     const remove = element("button", "remove", { type: "button", "aria-label": `Remove ${one.id}` });
     remove.addEventListener("click", () => attempt(async () => {
-      await api(`${named(state.memory)}/document?id=${encodeURIComponent(one.id)}`, { method: "DELETE" });
-      await showMemories(state.memory);
+      await api(`${named(memory)}/document?id=${encodeURIComponent(one.id)}`, { method: "DELETE" });
+      await showMemories();
     }));
     row.append(element("span", one.id), remove);
     return row;
@@ -78,19 +83,20 @@ async function showDocuments() {
 
 async function upload(files) {
   if (!files.length) return;
-  if (!state.memory) throw new Error("create a memory first");
+  const memory = state.memory;
+  if (!memory) throw new Error("create a memory first");
   const form = new FormData();
   for (const file of files) form.append("files", file, file.webkitRelativePath || file.name);
-  const change = await json(`${named(state.memory)}/files`, { method: "POST", body: form });
+  const change = await json(`${named(memory)}/files`, { method: "POST", body: form });
   at("indexing").hidden = false;
-  const path = `${named(state.memory)}/indexing/${change.id}/events`;
+  const path = `${named(memory)}/indexing/${change.id}/events`;
   for await (const now of events(await api(path))) {
     at("progress").max = Math.max(now.tokens_total, 1);
     at("progress").value = now.tokens_done;
     at("progress-text").textContent = `${now.status}: ${now.tokens_done} of ${now.tokens_total} tokens`;
     if (now.error) throw new Error(now.error.message);
   }
-  await showMemories(state.memory);
+  await showMemories();
 }
 
 // -- asking ------------------------------------------------------------------------------------------------------
@@ -98,6 +104,7 @@ async function upload(files) {
 async function ask() {
   const question = at("question").value.trim();
   if (!question) return;
+  const memory = state.memory;
   state.asking = new AbortController();
   at("ask").disabled = true;
   at("stop").disabled = false;
@@ -106,7 +113,7 @@ async function ask() {
   at("citations").replaceChildren();
   at("map-section").hidden = at("passage-section").hidden = at("supported").hidden = true;
   const body = { model: state.model, stream: true, attention: true, template: "question",
-    messages: [{ role: "user", content: question }], ...(state.memory ? { memories: [state.memory] } : {}) };
+    messages: [{ role: "user", content: question }], ...(memory ? { memories: [memory] } : {}) };
   try {
     const response = await api("/v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal: state.asking.signal });
     let last = {};
@@ -117,7 +124,7 @@ async function ask() {
       if (delta.content) at("status").textContent = "answering";
       if (chunk.choices[0].finish_reason) last = delta;
     }
-    state.answer = { text: at("answer").textContent, citations: [], ...last };
+    state.answer = { memory, text: at("answer").textContent, citations: [], ...last };
     showAnswer();
     at("status").textContent = "";
   } finally {
@@ -208,7 +215,7 @@ const sourceName = (one) => one.document_title + (one.page ? `, page ${one.page}
 const AROUND = 2000;
 
 async function read(source) {
-  const found = await json(`${named(state.memory)}/document?id=${encodeURIComponent(source.document_id)}`);
+  const found = await json(`${named(state.answer.memory)}/document?id=${encodeURIComponent(source.document_id)}`);
   const [start, end] = [source.start_char_index, source.end_char_index];
   const cut = cutter(found.text);
   at("passage").replaceChildren(cut(start - AROUND, start), element("mark", cut(start, end)), cut(end, end + AROUND));
