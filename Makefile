@@ -1,7 +1,7 @@
 # One target per habit. Every target may be run again; only what is missing is done.
 #   make demo       install, then ask a real question over a real corpus
 #   make test       everything that checks the project (lint, types, import directions, tests)
-#   make test-fast  three tests of five, in a minute and a half on two cores
+#   make test-fast  three tests of five, in under a minute on two cores
 #   make check      lint, types and import directions only
 #   make format     put the code into its standard form
 #   make build      wheel and source distribution, checked
@@ -51,7 +51,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/.dev
 	$(BIN)/pytest -n 2 -m "not slow and not real"

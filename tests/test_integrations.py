@@ -17,6 +17,7 @@ from focus_core.session import engines
 LONG = "the cat sat on the mat.\n\n" * 80 + "who ate the hat?"
 
 
+@pytest.mark.slow
 def test_frameworks_are_imported_nowhere_else():
     """The engine, the CLI and the shared part import without LangChain and LlamaIndex."""
     code = (
@@ -114,6 +115,7 @@ def test_bad_documents_are_named():
         engines.to_documents([3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["langchain", "llama_index"])
 def test_the_readmes_blocks_run(framework, make_engine, tmp_path, monkeypatch):
     """The README's framework blocks, word for word, on a tiny engine and a folder of contracts."""

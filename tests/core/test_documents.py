@@ -335,6 +335,7 @@ def test_what_is_left_out_is_named_once_and_strict_makes_it_an_error(run: Any, t
     assert err.count("left out") == 4
 
 
+@pytest.mark.slow
 @unix_names
 def test_names_of_any_bytes_lead_back_to_their_files(run: Any, make_engine: Any, tmp_path: Path) -> None:
     """b"caf\\xe9.txt" beside a file that is called as the first is written, in a folder of such a name."""

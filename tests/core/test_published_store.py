@@ -17,6 +17,8 @@ from focus_core.store.database import Store
 from focus_core.store.places import find_place
 from focus_core.store.published import Remote, open_published, publish_collection
 
+pytestmark = pytest.mark.slow
+
 TEXT = "the cat sat on the mat and the dog ate the hat. "
 DOCUMENTS = [Document(str(number), f"room {number} " + TEXT * (1 + number % 3), {"n": number}) for number in range(6)]
 

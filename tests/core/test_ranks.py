@@ -15,6 +15,8 @@ from focus_core.errors import CancelledError, ConfigError, RankError
 from focus_core.text.corpus import Document
 from tests.processes import together
 
+pytestmark = pytest.mark.slow
+
 DOCUMENTS = [Document(str(number), f"the cat {number} sat on mat {number % 4}. " * (number + 1)) for number in range(5)]
 QUESTION, ANSWER = [20, 21, 22, 23], [60, 61, 62]
 
@@ -164,7 +166,6 @@ def test_chunk_kv_is_not_moved_between_processes(tmp_path):
         assert "reread_way='run'" in result[1]
 
 
-@pytest.mark.slow
 def test_ask_in_two_processes_says_what_one_says(run, base_folder, tmp_path):
     """``torchrun -m focus_core.cli ask``: one answer, that of one process."""
     (tmp_path / "a.txt").write_text("the cat sat on the mat. a dog ran in the park. " * 8, encoding="utf-8")

@@ -56,6 +56,7 @@ def together(engine, acts):
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(st.sampled_from(range(4)), min_size=1, unique=True), min_size=2, max_size=8), st.data())
 def test_questions_join_and_leave_at_any_step(asked, schedule, data):
@@ -130,6 +131,7 @@ def test_suffixes_grow_in_blocks_and_are_counted(asked):
     assert reading._suffix_bytes() == suffix_bytes(kv.shape, kv.size, 203)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("free", "most"), [(3, 3), (1, 1), (0, 1)])
 def test_memory_decides_how_many_run_at_once(asked, monkeypatch, free, most):
     """With room for ``free`` suffixes so many questions run together, one alone always; all answers == alone."""

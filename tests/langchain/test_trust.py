@@ -178,6 +178,7 @@ def _slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> threading.Event:
     return began
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("way", ["invoke", "ainvoke", "stream", "astream"])
 async def test_a_time_limit_covers_reading(kind, way, monkeypatch):
@@ -201,6 +202,7 @@ async def test_a_time_limit_covers_reading(kind, way, monkeypatch):
     assert time.monotonic() - start < 1.2
 
 
+@pytest.mark.slow
 def test_a_time_limit_covers_waiting_for_others(monkeypatch):
     """Behind another's reading of the same, a limit holds; a call that needs nothing of it does not wait."""
     model = ChatFocusLLM(engine=ENGINE, max_tokens=2)

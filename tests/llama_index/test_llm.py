@@ -260,6 +260,7 @@ async def test_a_cancelled_request_stops_within_a_step(llm, monkeypatch):
     assert len(steps) <= before + 1
 
 
+@pytest.mark.slow
 async def test_a_time_limit_covers_reading(engine, monkeypatch):
     """All eight methods give up while documents are being read, by their own call or by another; then all is well."""
     from focus_core.store import memory

@@ -165,6 +165,7 @@ def test_memories_outlive_the_server(tmp_path: Path) -> None:
         assert _ask(client, running, memories=["contracts"]).json()["choices"] == before
 
 
+@pytest.mark.slow
 def test_a_memory_is_dropped_when_its_time_is_over(own: Running) -> None:
     with own.client() as client:
         client.post("/v1/memories", json={"name": "short", "ttl_seconds": 1})

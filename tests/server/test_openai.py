@@ -282,6 +282,7 @@ def test_a_continuation_keeps_its_white_space(endless: Running) -> None:
     assert said[cited["start"] : cited["end"]] == "the cat sat"
 
 
+@pytest.mark.slow
 def test_a_text_is_read_whole_as_far_as_the_window_reaches(endless_client: openai.OpenAI, endless: Running) -> None:
     """The base continues it as it would alone; a longer one's head becomes memory that is computed for this answer."""
     engine, text = endless.engine, "the cat sat. " * 1500

@@ -16,7 +16,7 @@ from focus_core.text.corpus import Document
 from tests.langchain.conftest import ScriptedEngine, tiny_engine
 from tests.server.conftest import CONTRACTS, Running, fill, serving, wait
 
-pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
+pytestmark = [pytest.mark.slow, pytest.mark.allow_hosts(["127.0.0.1"])]
 WHO = [{"role": "user", "content": "who signed the lease"}]
 JSON = {"content-type": "application/json"}
 

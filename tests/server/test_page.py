@@ -15,6 +15,7 @@ from tests.server.conftest import Running, fill, serving
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.allow_hosts(["127.0.0.1"]),
     pytest.mark.skipif(CHROMIUM is None, reason="needs a browser of the system: apt install chromium"),
 ]
@@ -59,7 +60,6 @@ def page(browser: Any, running: Running) -> Iterator[Any]:
     context.close()
 
 
-@pytest.mark.slow
 def test_from_nothing_to_the_passage(page: Any, tmp_path: Path) -> None:
     page.get_by_label("New memory").fill("mine")
     page.get_by_role("button", name="Create").click()
@@ -98,7 +98,6 @@ def test_the_map_is_walked_by_keys(page: Any) -> None:
     sync_api.expect(page.locator("#passage")).to_contain_text("the cat 🐈 sat")
 
 
-@pytest.mark.slow
 def test_markup_in_documents_and_names_stays_text(page: Any) -> None:
     page.locator("#memory").select_option("nasty")
     page.locator("summary").click()
@@ -158,7 +157,6 @@ def test_it_is_light_and_dark(browser: Any, running: Running, scheme: str) -> No
     context.close()
 
 
-@pytest.mark.slow
 def test_an_error_is_said_and_the_page_goes_on(page: Any) -> None:
     page.get_by_label("New memory").fill("nasty")
     page.get_by_role("button", name="Create").click()
