@@ -208,6 +208,9 @@ class TrainConfig(_Json):
             memory, more time, the same gradient.
         rank: of what is trained: differences from the base's matrices, as the product of two thin ones; ``None`` trains
             whole matrices.
+        reader_rank: of the reader: differences that local rows take while chunks are read whole in front of them; 0
+            leaves these rows the base's, unless ``init`` has a reader.
+        fixed_candidates: train the reader alone; candidates stay what ``init`` made them.
         learning_rate: peak of AdamW's rate; it warms up, then falls to ``final_rate`` of the peak.
         schedule: ``linear`` or ``cosine``.
         max_grad_norm: gradients are scaled down to this norm.
@@ -265,6 +268,8 @@ class TrainConfig(_Json):
     examples_per_pass: int | None = None
     gradient_checkpointing: bool = False
     rank: int | None = None
+    reader_rank: int = 0
+    fixed_candidates: bool = False
     learning_rate: float = 3e-4
     final_rate: float = 0.05
     warmup_steps: int = 20
@@ -322,6 +327,9 @@ class TrainConfig(_Json):
             _bounded("examples_per_pass", self.examples_per_pass, 1)
         if self.rank is not None:
             _bounded("rank", self.rank, 1)
+        _bounded("reader_rank", self.reader_rank, 0)
+        if self.fixed_candidates and not self.reader_rank:
+            raise ConfigError("fixed_candidates leaves nothing to train without a reader; set reader_rank, such as 16")
         _bounded("max_candidate_rows", self.max_candidate_rows, 2)
         _bounded("eval_every", self.eval_every, 0)
         for name in ("read_chunks", "read_tokens"):

@@ -129,7 +129,10 @@ class FocusEngine:
         loaded = load_base(base, dtype=dtype, device=device, quantize=quantize, notice=notice)
         decoder = BaseDecoder(loaded.model)
         folder = None if adapter == UNTRAINED else find_adapter(adapter, loaded)
-        attached = CandidateAdapter(decoder, rank=read_info(folder).rank if folder is not None else None)
+        found = read_info(folder) if folder is not None else None
+        attached = CandidateAdapter(
+            decoder, rank=found.rank if found else None, reader_rank=found.reader_rank if found else 0
+        )
         try:
             if folder is not None:
                 info = load_adapter(folder, attached, loaded, other_base=other_base)

@@ -147,7 +147,9 @@ def tiny_model(family: str, *, layers: int = 3, window: int = 512, seed: int = 0
 def perturb(adapter: CandidateAdapter, seed: int = 1, scale: float = 0.1) -> None:
     """Move candidate projections away from their copies, so that tests can tell them apart."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in adapter.trainable_parameters():
+    for (
+        parameter
+    ) in adapter.trainable_parameters():  # the reader's come last, so that candidates move alike without one
         parameter.data += scale * torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
@@ -171,6 +173,8 @@ def random_engine(
     scale: float = 0.1,
     heads: tuple[tuple[int, int], ...] = (),
     system: str | None = None,
+    rank: int | None = None,
+    reader_rank: int = 0,
     **focus: object,
 ) -> FocusEngine:
     """An engine on a tiny model; the same one for the same arguments."""
@@ -179,7 +183,7 @@ def random_engine(
     positions = "shared" if FAMILIES[family].rotary == "half" else "ordered"
     settings = {"window": 256, "chunk_size": 32, "prompt_length": 64, "positions": positions} | focus
     base = BaseDecoder(model)
-    adapter = CandidateAdapter(base)
+    adapter = CandidateAdapter(base, rank=rank, reader_rank=reader_rank)
     perturb(adapter, scale=scale)
     info = AdapterInfo(loaded.name, loaded.fingerprint, FocusConfig(**settings), attribution_heads=heads, system=system)
     return FocusEngine(loaded, info, adapter, base=base)

@@ -7,16 +7,30 @@ whose cache begins with the candidates' keys and values. Keys are moved with com
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 
 class Oracle:
-    """``model``: a decoder in float64; ``weights``: name of an nn.Linear in it -> candidate matrix."""
+    """``model``: a decoder in float64; ``weights``: name of an nn.Linear in it -> candidate matrix.
 
-    def __init__(self, model, weights: dict[str, Tensor], positions: str, sink: int | None) -> None:
+    ``reader``: the same for the matrices of local rows with chunks in front of them; the base's if not given.
+    """
+
+    def __init__(
+        self,
+        model,
+        weights: dict[str, Tensor],
+        positions: str,
+        sink: int | None,
+        reader: dict[str, Tensor] | None = None,
+    ) -> None:
         self.model, self.weights, self.positions, self.sink = model, weights, positions, sink
+        self.reader = reader or {}
 
     def logits(
         self, chunks: list[list[int]], local: list[int], given: int, mode: str, front: list[int] | None = None
@@ -45,7 +59,8 @@ class Oracle:
                     )
             new = (head + seen)[before:]
             at = torch.arange(offset + before, offset + before + len(new))[None]
-            result = self.model(torch.tensor([new]), position_ids=at, past_key_values=cache, use_cache=True)
+            with self._matrices(self.reader if front else {}):
+                result = self.model(torch.tensor([new]), position_ids=at, past_key_values=cache, use_cache=True)
             kept = [(layer.keys[:, :, len(chunks) :], layer.values[:, :, len(chunks) :]) for layer in cache.layers]
             out.append(result.logits[0, -1])
         return torch.stack(out)
@@ -109,20 +124,26 @@ class Oracle:
         self.model(
             torch.tensor([row]), position_ids=torch.arange(len(row))[None], past_key_values=cache, use_cache=True
         )
-        saved = {name: self.model.get_submodule(name).weight.data for name in self.weights}
-        for name, weight in self.weights.items():
-            self.model.get_submodule(name).weight.data = weight
-        try:
+        with self._matrices(self.weights):
             at = torch.tensor([[len(row)]])
             self.model(torch.tensor([seen[-1:]]), position_ids=at, past_key_values=cache, use_cache=True)
-        finally:
-            for name, weight in saved.items():
-                self.model.get_submodule(name).weight.data = weight
         target = index if self.positions == "ordered" else 0
         return [
             (self._moved(number, layer.keys[:, :, -1:], target - len(row)), layer.values[:, :, -1:])
             for number, layer in enumerate(cache.layers)
         ]
+
+    @contextmanager
+    def _matrices(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Put matrices in the place of the base's."""
+        saved = {name: self.model.get_submodule(name).weight.data for name in weights}
+        for name, weight in weights.items():
+            self.model.get_submodule(name).weight.data = weight
+        try:
+            yield
+        finally:
+            for name, weight in saved.items():
+                self.model.get_submodule(name).weight.data = weight
 
     def _moved(self, layer: int, key: Tensor, delta: int) -> Tensor:
         body, config = self.model.get_decoder(), self.model.config

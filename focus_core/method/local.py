@@ -44,11 +44,13 @@ class Local(NamedTuple):
         ids: (n,) token ids, the sink included at the first sweep.
         position: of the first row.
         shared_rows: rows that see candidate set 0; each row after them sees the next set.
+        reads: whether chunks are read whole in it: its rows then take the adapter's reader.
     """
 
     ids: Sequence[int]
     position: int
     shared_rows: int
+    reads: bool = False
 
 
 class _Sets(NamedTuple):
@@ -98,6 +100,10 @@ class LocalRows:
         """Return (rows,) ids and positions, local context by local context."""
         places = [it.position + torch.arange(len(it.ids)) for it in self.asked]
         return torch.tensor([token for it in self.asked for token in it.ids]), torch.cat(places)
+
+    def readers(self) -> list[float]:
+        """Return 1 at every row that reads chunks whole and 0 at the others."""
+        return [float(it.reads) for it in self.asked for _ in it.ids]
 
     def prepare(self, base: BaseDecoder) -> None:
         """Lay out a sweep: which candidate set each row sees, and which candidates of it."""

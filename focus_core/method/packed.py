@@ -31,6 +31,7 @@ def sweep(
     check: Check = never,
     *,
     gradient_checkpointing: bool = False,
+    fixed: bool = False,
 ) -> list[Tensor]:
     """Run ordinary, candidate and local rows through the layers together (method steps 2-5).
 
@@ -45,6 +46,7 @@ def sweep(
         locals_: local contexts; none only extends the suffixes.
         positions: of the candidates in front of the local rows.
         check: called between layers, may raise to cancel.
+        fixed: no gradient is wanted of the candidates: local rows go apart from them, and they alone are in the graph.
         gradient_checkpointing: keep each layer's input alone for the backward pass and run the layer again there.
 
     Returns:
@@ -53,6 +55,7 @@ def sweep(
     for local in locals_:
         local.prepare(base)
     spec = [Read.of(call) for call in calls] or [[]]
+    spec = [*spec, []] if fixed else spec
     running = [
         _LayerCall(base, reads, locals_ if index == len(spec) - 1 else (), positions)
         for index, reads in enumerate(spec)
@@ -62,9 +65,11 @@ def sweep(
     def run_layer(layer: int, *hidden: Tensor) -> tuple[Tensor, ...]:
         candidates: dict[ChunkRows, Candidates] = {}
         with base.own_attention():
-            return tuple(
-                call.run(base, adapter, layer, rows, candidates) for call, rows in zip(running, hidden, strict=True)
-            )
+            passed = []
+            for call, rows in zip(running, hidden, strict=True):
+                with torch.set_grad_enabled(torch.is_grad_enabled() and (not fixed or bool(call.locals))):
+                    passed.append(call.run(base, adapter, layer, rows, candidates))
+            return tuple(passed)
 
     with base.own_attention():  # so that sweeps take turns
         for layer in range(base.num_layers):
@@ -105,6 +110,8 @@ class _LayerCall:
         places = [pair[1] for pair in local] + [pair[0] for pair in at] + [pair[1] for pair in at]
         self.sizes = [len(block) for block in blocks]
         self.candidates = sum(self.sizes[len(reads) + len(locals_) :])
+        readers = [flag for rows in locals_ for flag in rows.readers()]
+        self._readers = torch.tensor(readers, device=base.device)[:, None] if any(readers) else None
         self._ids = torch.cat(blocks).unsqueeze(0).to(base.device)
         self._positions = torch.cat(places).unsqueeze(0).to(base.device)
 
@@ -130,7 +137,7 @@ class _LayerCall:
         ) -> Tensor:
             return self._attend(layer, (query, key, value), scale, softcap, candidates)
 
-        with adapter.rows.starting_at(start):
+        with adapter.rows.starting_at(start, self._readers):
             return base.run_layer(layer, hidden, self._rope, attend)
 
     def drop_ordinary(self, hidden: Tensor) -> Tensor:

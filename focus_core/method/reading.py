@@ -346,7 +346,7 @@ class Reading:
         position = local_start(self.candidates, self.focus.positions) + used
         groups = [group for call in calls for group in call]
         local = LocalRows(
-            [Local(local_ids, position, len(local_ids))],
+            [Local(local_ids, position, len(local_ids), bool(self.whole))],
             groups,
             self._cache,
             record=bool(self.candidates),

@@ -61,6 +61,7 @@ class AdapterInfo:
         not_there: what it says where memory does not hold the answer; empty if it was never trained to.
         reread: chunks that are read whole, where a request does not say.
         rank: of its differences from the base's matrices; ``None`` for whole matrices.
+        reader_rank: of the differences of local rows that read chunks whole; 0 leaves them the base's.
         support: constants of :func:`~focus_core.method.support.supported`; empty if they were never fitted.
     """
 
@@ -75,6 +76,7 @@ class AdapterInfo:
     not_there: str = ""
     reread: int = 0
     rank: int | None = None
+    reader_rank: int = 0
     support: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,6 +94,7 @@ class AdapterInfo:
             "not_there": self.not_there,
             "reread": self.reread,
             **({} if self.rank is None else {"rank": self.rank}),
+            **({"reader_rank": self.reader_rank} if self.reader_rank else {}),
             "support": list(self.support),
         }
 
@@ -194,7 +197,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     state = model.state_dict()
     wrapped = {name.partition(".base_layer.")[0] for name in state if ".base_layer." in name}
     own = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".base_layer." in name}
-    own |= {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in wrapped}
+    own |= {name: tensor for name, tensor in state.items() if not _stands_in(name, wrapped)}
     for name, tensor in sorted(own.items()):  # an attached adapter does not count
         if tensor.is_floating_point() and ".base_layer." not in name:
             flat = plain(tensor).reshape(-1)
@@ -202,6 +205,12 @@ def fingerprint(model: PreTrainedModel) -> str:
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _stands_in(name: str, modules: set[str]) -> bool:
+    """Whether a tensor belongs to one of the modules, at any depth."""
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in modules for depth in range(1, len(parts)))
 
 
 # -- adapter ----------------------------------------------------------------------------------------------------
@@ -303,16 +312,17 @@ def save_adapter(
         rank: store the differences cut to this rank by SVD, in bfloat16.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    thin = rank or adapter.rank
+    thin, kind = rank or adapter.rank, torch.bfloat16 if compact or rank else torch.float32
     if thin is None:
-        state = {key: value.float() for key, value in adapter.state_dict().items()}
+        state = {key: value.float() for key, value in adapter.matrices().items()}
         tensors = _encoded(state, adapter.base_state_dict()) if compact else state
     else:
-        state = adapter.state_dict() if rank in (None, adapter.rank) else adapter.differences(thin)
-        tensors = {key: value.to(torch.bfloat16 if compact or rank else torch.float32) for key, value in state.items()}
+        state = adapter.thin_state() if rank in (None, adapter.rank) else adapter.differences(thin)
+        tensors = {key: value.to(kind) for key, value in state.items()}
+    tensors |= {key: value.to(kind) for key, value in adapter.reader_state().items()}
     data = save({key: value.contiguous().cpu() for key, value in tensors.items()})
     write_atomically(folder / "adapter.safetensors", data)
-    values = json.dumps(replace(info, rank=thin).to_dict(), indent=2) + "\n"
+    values = json.dumps(replace(info, rank=thin, reader_rank=adapter.reader_rank).to_dict(), indent=2) + "\n"
     write_atomically(folder / "focus_config.json", values.encode())
 
 

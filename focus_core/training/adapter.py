@@ -18,7 +18,7 @@ from focus_core.errors import EmptyCorpusError
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 from focus_core.model.fitting import fitted, sink_of
-from focus_core.model.hub import AdapterInfo, LoadedBase, load_adapter, save_adapter
+from focus_core.model.hub import AdapterInfo, LoadedBase, load_adapter, read_info, save_adapter
 from focus_core.store.encoder import check_sliding_window
 from focus_core.text.tokenization import TextTokenizer
 from focus_core.training.card import write_card
@@ -79,7 +79,8 @@ def train_adapter(
     base = BaseDecoder(loaded.model)
     stream, held_out = _streams(read_training_texts(data), TextTokenizer(loaded.tokenizer), settings)
     focus = _focus(base, settings, chunk_size)  # refuses a chunk size the base cannot serve before any work
-    with CandidateAdapter(base, torch.float32, rank=settings.rank) as adapter:
+    reader = settings.reader_rank or (read_info(init).reader_rank if init is not None else 0)
+    with CandidateAdapter(base, torch.float32, rank=settings.rank, reader_rank=reader) as adapter:
         before = load_adapter(init, adapter, loaded) if init is not None else None
 
         def info(totals: Totals) -> AdapterInfo:
@@ -99,6 +100,7 @@ def train_adapter(
                 heads,
                 chunk_top_p=before.chunk_top_p if before is not None else 1.0,
                 not_there=absent,
+                reread=before.reread if before is not None else 0,
             )
 
         def measured(totals: Totals) -> Mapping[str, float]:

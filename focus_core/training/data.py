@@ -219,7 +219,7 @@ class ExampleStream:
                 row.sentence if answered else NOT_THERE,
             )
             gold = tuple(number for number, other in enumerate(held) if answered and other.context == row.context)
-            query = replace(query, gold=gold)
+            query = replace(query, gold=gold, absent=not answered)
             queries.append(self._read_whole(rng, config, query, chunks, near.nearest(row.question, len(chunks))))
         return Example(tuple(map(tuple, chunks)), tuple(queries), kind)
 
@@ -374,7 +374,8 @@ class ExampleStream:
         budget = max(2, config.max_candidate_rows // len(chunks))
         queries = [replace(self._fact_query(rng, fact, budget), gold=self._holding(chunks, fact)) for fact in asked]
         if untold is not None:
-            queries.append(self._chat_query(rng, untold.question, NOT_THERE, budget, NOT_THERE))
+            query = self._chat_query(rng, untold.question, NOT_THERE, budget, NOT_THERE)
+            queries.append(replace(query, absent=True))
         queries = [self._read_whole(rng, config, query, chunks) for query in queries]
         return Example(tuple(map(tuple, chunks)), tuple(queries), "needle")
 
@@ -427,6 +428,7 @@ class ExampleStream:
                 query = replace(self._asked_query(rng, item, budget), gold=gold)
             elif not told and item in missing:
                 query = self._asked_query(rng, replace(item, answer=NOT_THERE, sentence=NOT_THERE), budget)
+                query = replace(query, absent=True)
             else:  # cut in two, or left where another question needs it
                 continue
             queries.append(self._read_whole(rng, config, query, chunks, near.nearest(item.question, len(chunks))))

@@ -68,7 +68,9 @@ def export_adapter(
     if rank is not None and rank < 1:
         raise ConfigError(f"rank must be at least 1; got {rank}")
     base = BaseDecoder(loaded.model)
-    with CandidateAdapter(base, torch.float32, rank=read_info(source).rank) as adapter:
+    with CandidateAdapter(
+        base, torch.float32, rank=read_info(source).rank, reader_rank=read_info(source).reader_rank
+    ) as adapter:
         info = load_adapter(source, adapter, loaded)
         return write_compact(loaded, base, adapter, info, output, examples, rank=rank)
 
@@ -90,7 +92,8 @@ def write_compact(
     adapter.detach()
     after = None
     if examples:
-        with CandidateAdapter(base, torch.float32, rank=read_info(output).rank) as written:
+        now = read_info(output)
+        with CandidateAdapter(base, torch.float32, rank=now.rank, reader_rank=now.reader_rank) as written:
             load_adapter(output, written, loaded)
             after = measure_loss(base, written, examples, sink, info.focus)
     export = Export(output, (output / "adapter.safetensors").stat().st_size, before, after)
@@ -103,7 +106,7 @@ def interpolate_adapters(loaded: LoadedBase, first: Path, second: Path, output: 
     """Write the adapter whose matrices are ``(1 - share) * first + share * second``.
 
     Between an adapter and one trained on from it, much of what the later training gained often comes with little of
-    what it lost (weight-space ensembles, arXiv 2109.01903).
+    what it lost (weight-space ensembles, arXiv 2109.01903). A reader is the second's.
 
     Args:
         loaded: the base of both; it is left as it was.
@@ -119,9 +122,11 @@ def interpolate_adapters(loaded: LoadedBase, first: Path, second: Path, output: 
     """
     if not 0.0 <= share <= 1.0:
         raise ConfigError(f"share must be between 0 (the first adapter) and 1 (the second); got {share}")
-    with CandidateAdapter(BaseDecoder(loaded.model), torch.float32) as adapter:
+    base, ranks = BaseDecoder(loaded.model), [read_info(folder).reader_rank for folder in (first, second)]
+    with CandidateAdapter(base, torch.float32, reader_rank=ranks[0]) as adapter:
         before = load_adapter(first, adapter, loaded)
-        start = {key: value.clone() for key, value in adapter.state_dict().items()}
+        start = {key: value.clone() for key, value in adapter.matrices().items()}
+    with CandidateAdapter(base, torch.float32, reader_rank=ranks[1]) as adapter:
         info = load_adapter(second, adapter, loaded)
         for key, value in info.focus.to_dict().items():
             if key != "chunk_size" and value != (other := before.focus.to_dict()[key]):
@@ -129,7 +134,7 @@ def interpolate_adapters(loaded: LoadedBase, first: Path, second: Path, output: 
                     f"{first} was trained with {key}={other!r}, {second} with {value!r}; "
                     "interpolate between adapters trained with the same settings"
                 )
-        end = adapter.state_dict()
+        end = adapter.matrices()
         adapter.load_state_dict({key: (1 - share) * start[key] + share * end[key] for key in start})
         save_adapter(output, adapter, info)
     return info

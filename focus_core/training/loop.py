@@ -58,7 +58,7 @@ class StepReport:
     Args:
         step: number of the step just finished, from 1.
         loss: mean over examples of the mean over their local contexts, nats per target, as in the gradient.
-        by_kind: the same per objective.
+        by_kind: mean over local contexts per objective, those whose answer is nowhere in memory apart.
         divergence: mean KL divergence from the teacher, where there was one.
         tokens: input tokens so far (memory, prompt and local rows), all steps together.
         targets: supervised tokens so far.
@@ -179,6 +179,11 @@ def learning_rate(config: TrainConfig, step: int, totals: Totals | None = None) 
     return config.learning_rate * (config.final_rate + (1.0 - config.final_rate) * fall)
 
 
+def trained_parameters(adapter: CandidateAdapter, config: TrainConfig) -> list[nn.Parameter]:
+    """Return what a run changes: the candidate matrices and the reader's, or the reader's alone."""
+    return adapter.reader_parameters() if config.fixed_candidates else adapter.trainable_parameters()
+
+
 class CandidateLoss(nn.Module):
     """The loss as a module whose parameters are the candidate matrices, so that accelerate can wrap it.
 
@@ -191,7 +196,7 @@ class CandidateLoss(nn.Module):
 
     def __init__(self, base: BaseDecoder, adapter: CandidateAdapter, config: TrainConfig, sink: int | None) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(adapter.trainable_parameters())
+        self.weights = nn.ParameterList(trained_parameters(adapter, config))
         self.base, self.adapter, self.config, self.sink = base, adapter, config, sink
         self.kept = KeptChunks(config.kept_kv_mib * 2**20)
 
@@ -214,21 +219,25 @@ class CandidateLoss(nn.Module):
                 config.positions,
                 Scoring.of(config),
                 gradient_checkpointing=config.gradient_checkpointing,
+                fixed=config.fixed_candidates,
             )
         )
         total, records = torch.zeros((), device=self.base.device), []
         for example in examples:
-            losses, divergences = [], []
+            losses, divergences, absent = [], [], []
             for query in example.queries:
                 scores = next(logits)
                 loss = likelihood_loss(scores, query)
                 losses.append(float(loss.detach()))
+                absent.append(query.absent)
                 divergence = self._divergence(scores, example, query)
                 if divergence is not None:
                     divergences.append(float(divergence.detach()))
                     loss = loss + config.distillation[example.kind] * divergence
                 total = total + scale / len(example.queries) * loss
-            records.append({"kind": example.kind, "losses": losses, "divergences": divergences})
+            records.append({"kind": example.kind, "losses": losses, "divergences": divergences, "absent": absent})
+        if not total.requires_grad:  # nothing in these examples is trained: text that reads nothing whole
+            total = total + 0.0 * torch.stack([weight.sum() for weight in self.weights]).sum()
         return total, records
 
     def _divergence(self, scores: Tensor, example: Example, query: Any) -> Tensor | None:
@@ -258,7 +267,7 @@ class _Run:
         self.totals, self.updating = Totals(), False
         self.lock: BaseFileLock | None = None
         self.passes = processes.passes(config.examples_per_step, config.examples_per_pass)
-        self.parameters = adapter.trainable_parameters()
+        self.parameters = trained_parameters(adapter, config)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         self.adamw = torch.optim.AdamW(
@@ -401,10 +410,14 @@ def _tracked(done: StepReport) -> dict[str, float]:
 def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the means that a step's records give, over all processes."""
     loss = Loss.mean_of((record["kind"], record["losses"]) for record in records)
+    apart: dict[str, list[float]] = {}
+    for record in records:
+        for value, absent in zip(record["losses"], record["absent"], strict=True):
+            apart.setdefault(f"{record['kind']}, not there" if absent else record["kind"], []).append(value)
     divergences = [value for record in records for value in record["divergences"]]
     return {
         "loss": loss.loss,
-        "by_kind": loss.by_kind,
+        "by_kind": {kind: sum(values) / len(values) for kind, values in sorted(apart.items())},
         "divergence": sum(divergences) / len(divergences) if divergences else None,
         "chunks": [record["chunks"] for record in records],
     }

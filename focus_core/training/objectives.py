@@ -41,6 +41,7 @@ class Query:
         gold: numbers of the chunks that hold the answer, if they are known.
         before: token ids of the chunks that are read whole (:meth:`~focus_core.method.reading.Reading.read_whole`), a
             separator behind each; they stand between sink and local context and never run behind the chunks.
+        absent: whether its answer is nowhere in memory, and its targets say so.
     """
 
     ids: tuple[int, ...]
@@ -48,6 +49,7 @@ class Query:
     prompt: int | None = None
     gold: tuple[int, ...] = ()
     before: tuple[int, ...] = ()
+    absent: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.split < len(self.ids):
@@ -124,6 +126,7 @@ def dense_logits(
     scoring: Scoring = PLAIN,
     *,
     gradient_checkpointing: bool = False,
+    fixed: bool = False,
 ) -> list[Tensor]:
     """Return the logits of every target of every task; all tasks share one pass through the layers.
 
@@ -135,6 +138,7 @@ def dense_logits(
         positions: of the candidates.
         scoring: of the candidates.
         gradient_checkpointing: see :class:`~focus_core.config.TrainConfig`.
+        fixed: gradients flow into the reader's matrices alone.
 
     Returns:
         One (n - s, vocabulary) float32 tensor a task: row t predicts token s + t from the candidates made at token
@@ -151,7 +155,9 @@ def dense_logits(
         group.asked = [_candidates(task.query) for task in some]
         asked = [_local(task.query, group.total, sink, positions) for task in some]
         locals_.append(LocalRows(asked, [group], scoring=scoring))
-    hidden = sweep(base, adapter, [groups], locals_, positions, gradient_checkpointing=gradient_checkpointing)
+    hidden = sweep(
+        base, adapter, [groups], locals_, positions, gradient_checkpointing=gradient_checkpointing, fixed=fixed
+    )
     states: dict[int, Tensor] = {}
     for rows, local, indices in zip(hidden, locals_, by_chunks.values(), strict=True):
         states |= dict(zip(indices, torch.split(rows[0], [len(it.ids) for it in local.asked]), strict=True))
@@ -185,7 +191,8 @@ def _inject(base: BaseDecoder, adapter: CandidateAdapter, groups: Sequence[Chunk
 def _local(query: Query, chunks: int, sink: int | None, positions: Positions) -> Local:
     ids = [*query.before, *query.ids]
     head = sink_before(ids, sink)
-    return Local([*head, *ids[:-1]], local_start(chunks, positions), len(head) + len(query.before) + query.split)
+    shared = len(head) + len(query.before) + query.split
+    return Local([*head, *ids[:-1]], local_start(chunks, positions), shared, bool(query.before))
 
 
 def dense_losses(

@@ -31,13 +31,13 @@ LOCAL = [20, 21, 22, 23, 24, 25, 26]
 DOCUMENTS = ["the cat sat on the mat. " * 12, "a dog ate the hat? yes! " * 3, "hat mat cat dog"]
 
 
-def build(family: str, dtype: torch.dtype = torch.float64):
+def build(family: str, dtype: torch.dtype = torch.float64, reader_rank: int = 0):
     extra = {"attn_implementation": "eager"} if family == "gemma2" else {}
     model = tiny_model(family).to(dtype)
     if extra:
         model.set_attn_implementation("eager")
     base = BaseDecoder(model)
-    adapter = CandidateAdapter(base, dtype)
+    adapter = CandidateAdapter(base, dtype, reader_rank=reader_rank)
     perturb(adapter)
     return model, base, adapter
 
@@ -48,6 +48,16 @@ def candidate_weights(model) -> dict[str, torch.Tensor]:
         name.removesuffix(".base_layer"): module.weight.data.clone()
         for name, module in model.named_modules()
         if isinstance(module, CandidateLinear)
+    }
+
+
+def reader_weights(model) -> dict[str, torch.Tensor]:
+    """The base's matrices with the reader's differences added, as the oracle takes them; empty without a reader."""
+    return {
+        name.removesuffix(".base_layer"): module.base_layer.weight.data
+        + module.reader.up.data @ module.reader.down.data
+        for name, module in model.named_modules()
+        if isinstance(module, CandidateLinear) and module.reader is not None
     }
 
 

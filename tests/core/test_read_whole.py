@@ -5,25 +5,37 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.core.test_invariants import CHUNKS, LOCAL, _memory_of, build, candidate_weights, positions_of
+from tests.core.test_invariants import (
+    CHUNKS,
+    LOCAL,
+    _memory_of,
+    build,
+    candidate_weights,
+    positions_of,
+    reader_weights,
+)
 from tests.oracle import Oracle
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["incremental", "exact"])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
-def test_3_reading_whole_equals_the_oracle(family, mode, make_engine):
-    """Chunks read whole == the oracle over all candidates with those tokens in front of the local row alone."""
+@pytest.mark.parametrize(("family", "rank"), [("llama", 0), ("llama", 3), ("phi3", 3), ("gpt_neox", 0), ("opt", 2)])
+def test_3_reading_whole_equals_the_oracle(family, rank, mode, make_engine):
+    """Chunks read whole == the oracle over all candidates with those tokens in front of the local row alone.
+
+    With a reader its matrices stand in the place of the base's in that row, and in no other.
+    """
     positions = positions_of(family)[0]
-    model, _, adapter = build(family)
-    weights = candidate_weights(model)
+    model, _, adapter = build(family, reader_rank=rank)
+    weights, reader = candidate_weights(model), reader_weights(model)
     adapter.detach()
     chunks, given, separator = [*CHUNKS, [70, 71], CHUNKS[1]], 4, [9]
-    oracle, choices, logits = Oracle(model, weights, positions, 0), ([2, 0], range(5), [1, 4]), []
+    oracle, choices, logits = Oracle(model, weights, positions, 0, reader), ([2, 0], range(5), [1, 4]), []
     for whole in choices:
         front = [token for index in sorted(whole) for token in (*chunks[index], *separator)]
         logits.append(oracle.logits(chunks, LOCAL, given, mode, front))
-    engine = make_engine(family, model=model, dtype=torch.float64, positions=positions, local_mode=mode)
+    options = {"positions": positions, "local_mode": mode, "reader_rank": rank}
+    engine = make_engine(family, model=model, dtype=torch.float64, **options)
     state = _memory_of(engine, chunks).state
     for size in (None, 2):
         reading = engine.reading(state, max_tokens=len(LOCAL), chunks_per_batch=size)
