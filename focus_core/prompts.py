@@ -52,7 +52,9 @@ class Prompts:
         def count(some: Sequence[Message]) -> int:
             return len(render_messages(self.tokenizer, some, tools))
 
-        return fit_messages(messages, count, room, self.split_prompt) if messages else ([], [])
+        if not messages:
+            return [], []
+        return fit_messages(messages, count, room, self.split_prompt, self.info.earlier_tokens or None)
 
     def local_ids(self, text: str, template: Template = "question") -> list[int]:
         """Return the token ids that the local row is made of."""

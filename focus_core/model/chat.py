@@ -262,10 +262,12 @@ def fit_messages(
     count: Callable[[Sequence[Message]], int],
     room: int,
     split: Callable[..., tuple[str, str]],
+    earlier: int | None = None,
 ) -> tuple[list[Document], list[Message]]:
     """Split a conversation of any length: what does not fit becomes documents for memory, word for word.
 
-    The head of a long last user turn goes first, then the oldest turns, then large tool results, largest first, then
+    The head of a long last user turn goes first, then the oldest turns, until those that stay before the last user turn
+    have at most ``earlier`` tokens, then large tool results, largest first, then
     the heads of the system turn (which holds whole documents in some frameworks) and of the last user turn. The tails
     of both and everything behind the last user turn stay, so a tool call is never parted from its result.
 
@@ -275,6 +277,7 @@ def fit_messages(
         room: most tokens that may stay.
         split: text, and tokens that a text may have to stay whole -> (head, tail) of it; see
             :meth:`FocusEngine.split_prompt`.
+        earlier: see above; as many as there is room for if not given.
 
     Returns:
         Documents for memory, and the messages that stay.
@@ -288,7 +291,8 @@ def fit_messages(
             moved.append(Document("prompt", head))
             kept[last] = replace(kept[last], content=tail)
     turn, start = 0, int(kept[0].role == "system")
-    while last > start and count(kept) > room:
+    bound = room if earlier is None else min(room, count([*kept[:start], *kept[last:]]) + earlier)
+    while last > start and count(kept) > bound:
         message = kept.pop(start)
         last, turn = last - 1, turn + 1
         text = "\n".join(filter(None, [message.content, *map(write_tool_call, message.tool_calls)]))

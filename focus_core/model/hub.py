@@ -60,6 +60,8 @@ class AdapterInfo:
         chunk_top_p: share of attention whose chunks an answer is read from, where a request does not say.
         not_there: what it says where memory does not hold the answer; empty if it was never trained to.
         reread: chunks that are read whole, where a request does not say.
+        earlier_tokens: of a longer conversation, that stay local before the last user turn; older turns are memory. 0
+            keeps as many as the window holds.
         rank: of its differences from the base's matrices; ``None`` for whole matrices.
         reader_rank: of the differences of local rows that read chunks whole; 0 leaves them the base's.
         support: constants of :func:`~focus_core.method.support.supported`; empty if they were never fitted.
@@ -75,6 +77,7 @@ class AdapterInfo:
     chunk_top_p: float = 1.0
     not_there: str = ""
     reread: int = 0
+    earlier_tokens: int = 0
     rank: int | None = None
     reader_rank: int = 0
     support: tuple[float, ...] = ()
@@ -93,6 +96,7 @@ class AdapterInfo:
             "chunk_top_p": self.chunk_top_p,
             "not_there": self.not_there,
             "reread": self.reread,
+            **({"earlier_tokens": self.earlier_tokens} if self.earlier_tokens else {}),
             **({} if self.rank is None else {"rank": self.rank}),
             **({"reader_rank": self.reader_rank} if self.reader_rank else {}),
             "support": list(self.support),

@@ -295,15 +295,14 @@ class Memories:
             table.execute("DELETE FROM keeping WHERE tenant = ? AND name = ?", (tenant, name))
 
     def _drop_old(self, tenant: str) -> None:
-        with self._table() as table:
-            rows = table.execute(
-                "SELECT name FROM keeping WHERE tenant = ? AND pinned = 0 AND ttl IS NOT NULL AND used + ttl < ?",
-                (tenant, time.time()),
-            ).fetchall()
-        for (name,) in rows:
-            if self._store(tenant).has(name):
-                self._store(tenant).drop(name)
-            self._forget(tenant, name)
+        now, store = time.time(), self._store(tenant)
+        kept_of, there = self._kept(tenant), store.names()
+        for name, kept in kept_of.items():
+            if name not in there:  # another program has dropped it; one that is made later is none of this row's
+                self._forget(tenant, name)
+            elif not kept.pinned and kept.ttl is not None and kept.used + kept.ttl < now:
+                store.drop(name)
+                self._forget(tenant, name)
 
 
 def _together(names: Sequence[str], memories: Sequence[Memory]) -> list[Document]:

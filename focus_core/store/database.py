@@ -259,6 +259,11 @@ class Store:
         with self._rows() as index:
             return count_collection(index, self.tenant, name)
 
+    def names(self) -> set[str]:
+        """Return the names of the collections."""
+        with self._rows() as index:
+            return {row[0] for row in index.execute("SELECT name FROM collections WHERE tenant = ?", (self.tenant,))}
+
     def has(self, name: str) -> bool:
         """Whether there is a collection of this name."""
         with self._rows() as index:

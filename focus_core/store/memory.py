@@ -226,7 +226,7 @@ class Memory:
         """
         store = folder if isinstance(folder, Store) else Store(folder)
         with self._lock:
-            state, origin = self._state, _Origin(store, name, -1, {})
+            state, origin = self._state, _Origin(store, name, _UNKNOWN, {})
             known = self._origins.get(origin.place, origin)
             sums = {key: row_sum(document) for key, document in state.documents.items()}
             changed = {key for key, checksum in sums.items() if known.sums.get(key) != checksum}
@@ -240,8 +240,10 @@ class Memory:
             except MissingChunksError:  # pruned since they were looked for
                 self._put(store, keys, progress)
                 info = store.commit(name, self.encoder.facts(), self.encoder.config.of_answers(), change)
-            version = info.version if info.version == known.version + 1 else -1  # others' changes are to be read
-            self._be_at(_Origin(store, name, version, sums))
+            stamp = (info.version, info.digest)
+            if info.version != known.stamp[0] + 1:
+                stamp = _UNKNOWN  # others' changes are to be read
+            self._be_at(_Origin(store, name, stamp, sums))
 
     def refresh(self) -> bool:
         """Read what other writers have changed in the collection since this was loaded or saved; tell whether any.
@@ -250,7 +252,7 @@ class Memory:
         """
         with self._lock:
             origin = self._origin
-            if origin is None or origin.store.collection(origin.name).version == origin.version:
+            if origin is None or origin.is_present():
                 return False
             contents = checked_contents(origin.store, origin.name, self.encoder)
             known = {(chunk.ids, chunk.spans): chunk for chunk in self._state.chunks}
@@ -431,19 +433,28 @@ class Memory:
             store.put_all(waiting)
 
 
+_UNKNOWN = (-1, "")
+
+
 @dataclass(frozen=True)
 class _Origin:
     """The collection that a memory was loaded from or saved to, as it was then."""
 
     store: Store
     name: str
-    version: int
+    stamp: tuple[int, str]
+    """Version and digest: one that was dropped and made again counts its versions anew."""
     sums: Mapping[str, bytes]
 
     @classmethod
     def of(cls, store: Store, contents: Contents) -> _Origin:
         sums = {key: row_sum(document) for key, document in contents.documents.items()}
-        return cls(store, contents.info.name, contents.info.version, sums)
+        return cls(store, contents.info.name, (contents.info.version, contents.info.digest), sums)
+
+    def is_present(self) -> bool:
+        """Whether nobody has changed the collection since."""
+        info = self.store.collection(self.name)
+        return (info.version, info.digest) == self.stamp
 
     @property
     def place(self) -> tuple[Path, str, str]:

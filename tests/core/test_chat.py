@@ -263,6 +263,27 @@ def test_long_conversations_go_to_memory_word_for_word():
     assert fit_messages(talk, count, 9999, lambda text: (text[:2], text[2:]))[0][0].text == "la"
 
 
+@pytest.mark.parametrize("earlier", [0, 25, 40, 9999])
+def test_earlier_turns_stay_up_to_a_bound(earlier):
+    """Of the turns before the last user turn those at the end stay, so many tokens of them; nothing is lost."""
+    talk = [Message("system", "s")]
+    for number in range(9):
+        talk += [Message("user", f"question {number}"), Message("assistant", f"answer {number}")]
+    talk += [Message("user", "and the last question, which is longer")]
+
+    def count(some):
+        return sum(len(message.content) for message in some)
+
+    documents, kept = fit_messages(talk, count, 9999, lambda text: ("", text), earlier)
+    assert kept[0] == talk[0]
+    assert kept[1:] == talk[len(talk) - len(kept) + 1 :]
+    assert len(documents) + len(kept) == len(talk)
+    assert count(kept[1:-1]) <= earlier
+    left = talk[len(talk) - len(kept)]
+    assert earlier == 9999 or count(kept[1:-1]) + len(left.content) > earlier
+    assert fit_messages(kept, count, 9999, lambda text: ("", text), earlier) == ([], kept)
+
+
 def test_a_system_turn_longer_than_the_window_goes_to_memory():
     """Its head is read as memory and its tail stays; so do two turns that fit alone and not together."""
 

@@ -46,6 +46,19 @@ def tiled(memory):
 # -- writers ----------------------------------------------------------------------------------------------------
 
 
+def test_a_collection_that_was_dropped_and_made_again_is_read_anew(make_engine, tmp_path):
+    """Its version is the one that was read, its contents are others: a reader sees these."""
+    engine, store = make_engine(), Store(tmp_path)
+    engine.remember([Document("old", "the cat sat")]).save(store, name="notes")
+    reader = engine.load_memory(tmp_path, name="notes")
+    assert not reader.refresh()
+    store.drop("notes")
+    engine.remember([Document("new", "the dog ate")]).save(store, name="notes")
+    assert reader.refresh()
+    assert [document.id for document in reader.documents] == ["new"]
+    assert not reader.refresh()
+
+
 def test_two_writers_keep_each_others_documents(make_engine, tmp_path):
     """Both begin with the same version and save at once: all three documents are there, chunks and all."""
     engine = make_engine()

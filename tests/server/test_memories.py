@@ -174,6 +174,19 @@ def test_a_memory_is_dropped_when_its_time_is_over(own: Running) -> None:
         assert [one["name"] for one in client.get("/v1/memories").json()["data"]] == ["long"]
 
 
+def test_what_another_program_makes_anew_is_not_dropped_for_the_old_one(tmp_path: Path) -> None:
+    """A memory with a time to live, dropped beside the server and made again there, has none."""
+    engine = tiny_engine(ScriptedEngine)
+    memories, store = Memories(engine, tmp_path), Store(tmp_path)
+    memories.create("", "notes", False, 1)
+    store.drop("notes")
+    assert memories.list("") == []
+    engine.remember([Document("new", "the cat")]).save(store, name="notes")
+    time.sleep(1.1)
+    ((info, keeping),) = memories.list("")
+    assert (info.name, info.documents, keeping.ttl) == ("notes", 1, None)
+
+
 @pytest.mark.slow
 def test_several_memories_are_read_together_and_told_apart(own: Running) -> None:
     fill(own, "mine", {"note": "the cat sat on the mat."})
