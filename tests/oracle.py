@@ -33,14 +33,21 @@ class Oracle:
         self.reader = reader or {}
 
     def logits(
-        self, chunks: list[list[int]], local: list[int], given: int, mode: str, front: list[int] | None = None
+        self,
+        chunks: list[list[int]],
+        local: list[int],
+        given: int,
+        mode: str,
+        front: list[int] | None = None,
+        opening: int = 0,
     ) -> Tensor:
         """Return the logits after ``local[:given]``, then after each later token, teacher-forced.
 
-        ``front`` stands in front of the local tokens in the local row alone; the chunks never see it.
+        ``front`` stands behind the first ``opening`` local tokens in the local row alone; the chunks never see it.
         """
-        head = [] if self.sink is None or (front or local)[0] == self.sink else [self.sink]
-        head = head + (front or [])
+        front = front or []
+        first = [*local[:opening], *front, *local[opening:]][0]
+        head = [] if self.sink is None or first == self.sink else [self.sink]
         kept: list[tuple[Tensor, Tensor]] | None = None
         out = []
         for end in range(given, len(local) + 1):
@@ -57,7 +64,7 @@ class Oracle:
                     cache.update(
                         torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2), layer
                     )
-            new = (head + seen)[before:]
+            new = [*head, *seen[:opening], *front, *seen[opening:]][before:]
             at = torch.arange(offset + before, offset + before + len(new))[None]
             with self._matrices(self.reader if front else {}):
                 result = self.model(torch.tensor([new]), position_ids=at, past_key_values=cache, use_cache=True)

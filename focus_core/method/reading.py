@@ -89,7 +89,7 @@ class Reading:
         self._kept: list[int] | None = None
         self._spans: list[tuple[int, int]] = []
         self._absent: tuple[int, int] | None = None
-        self._rows = 0
+        self._rows = self._opening = 0
         self._all: list[ChunkRows] = []
         self._groups: list[ChunkRows] = []
         self._cache: LocalCache | None = None
@@ -147,7 +147,7 @@ class Reading:
 
     def _begin(self, ids: Sequence[int], head: list[int], opening: int, size: int) -> Tensor:
         self.ids, self.local = list(ids), list(ids)
-        self._rows = len(ids) + self.max_tokens
+        self._rows, self._opening = len(ids) + self.max_tokens, opening
         self._all = self._groups = self._make_groups(size)
         calls = [[group] for group in self._groups]
         injected = ids[len(ids) - 1 - self.prompt_tokens : -1]
@@ -183,18 +183,21 @@ class Reading:
         return self._go_on([], self._local_row())
 
     def read_whole(self, chunks: Sequence[int], separator: Sequence[int] = (), *, moved: bool = False) -> Tensor | None:
-        """Put whole chunks in front of the local context, behind the candidates of all, and read it again.
+        """Put whole chunks into the local context, behind its opening, and read it again.
 
-        The local rows then attend to these chunks token by token as well as to their candidates, which say what the
-        adapter has learned to say of them. Call it after :meth:`begin` and before any :meth:`narrow`, again to change
-        the choice; :attr:`mass` then holds for these chunks what candidate and tokens receive together.
+        The opening is what :meth:`begin` was told of, such as a system turn and the head of the user's: so the chunks
+        are read where the base expects what it is asked about. The local rows then attend to these chunks token by
+        token as well as to their candidates, which say what the adapter has learned to say of them. Call it after
+        :meth:`begin` and before any :meth:`narrow`, again to change the choice; :attr:`mass` then holds for these
+        chunks what candidate and tokens receive together.
 
         Args:
             chunks: numbers of chunks, best first; those that the window has no room for are left out.
             separator: token ids put behind each (not with ``moved``).
             moved: take the chunk KV that is there, its keys turned to their new places, instead of running the tokens
-                in front of the question. Nothing is computed again but the question's rows; the chunks have not seen
-                one another, and the last layer, whose chunk KV is not kept, does not see them.
+                before the question. They then stand in front of the opening. Nothing is computed again but the
+                question's rows; the chunks have not seen one another, and the last layer, whose chunk KV is not kept,
+                does not see them.
 
         Returns:
             (vocabulary,) float32 logits of the next token, or ``None`` if not one of them fits.
@@ -217,14 +220,16 @@ class Reading:
         if moved:
             return self._behind_moved()
         self._cache = None
-        starts, passages, head = [], list[int](), len(sink_before(self.state.chunks[self.whole[0]].ids, self.sink))
+        starts, passages, opening = [], list[int](), self._opening
+        first = self.ids if opening else self.state.chunks[self.whole[0]].ids
+        head = len(sink_before(first, self.sink)) + opening
         for index in self.whole:
             starts.append(head + len(passages))
             passages += [*self.state.chunks[index].ids, *separator]
         sizes = [len(self.state.chunks[index].ids) for index in self.whole]
         self._spans = [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
         self.reread_tokens = len(passages)
-        self.local = [*passages, *self.ids]
+        self.local = [*self.ids[:opening], *passages, *self.ids[opening:]]
         return self._go_on([], self._local_row())
 
     def _fitting(self, chunks: Sequence[int], separator: int) -> list[int]:

@@ -9,6 +9,7 @@ file and runs no model; it hands out :class:`~focus_core.training.objectives.Exa
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
@@ -42,7 +43,7 @@ PASSAGE_END = "\n\n"
 _BESIDE = 2  # passages near each question in play
 _SHORT = 0.6  # share of questions with both a short answer and a sentence that ask for a short phrase
 _TRICKS = 0.3  # share of unanswered questions that are about their own passage
-_GOLD_READ, _NEAR_READ = 0.7, 0.85  # of what is read whole: the gold passages and others; a near miss and others; near
+_GOLD_READ, _NEAR_READ = 0.9, 0.95  # of what is read whole: the gold passages and others; a near miss and others; near
 _LONGEST_PROMPT = 4  # where all of a local context runs behind the chunks: so many times the targets there is room for
 
 
@@ -67,6 +68,8 @@ class ExampleStream:
         self.questions: Sequence[QuestionRow] = texts.questions
         self.passages, self.unanswered = texts.passages, texts.unanswered
         self._gap = tokenizer.encode(PASSAGE_END)
+        alike = zip(*(render_messages(tokenizer, [Message("user", it)], system=SYSTEM) for it in "A?"), strict=False)
+        self._opening = tuple(one for one, other in itertools.takewhile(lambda pair: pair[0] == pair[1], alike))
         untold = [QuestionRow("", (), passage.title, passage.text) for passage in texts.passages]
         self.others = OtherPassages([*(texts.questions if others is None else others), *untold])
         self._all_questions, self._all_others = self.questions, self.others
@@ -282,7 +285,8 @@ class ExampleStream:
             kept.append(number)
         kept.sort()
         before = [token for number in kept for token in (*chunks[number], *self._gap)]
-        return replace(query, before=tuple(before))
+        opening = len(self._opening) if query.ids[: len(self._opening)] == self._opening else 0
+        return replace(query, before=tuple(before), opening=opening)
 
     def _made_questions(self, rng: random.Random, count: int) -> list[QuestionRow]:
         """Make questions about passages, and about paragraphs of long texts."""

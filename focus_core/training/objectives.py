@@ -40,7 +40,8 @@ class Query:
         prompt: P, most given tokens before the candidate that run behind the chunks; ``None`` runs all of them.
         gold: numbers of the chunks that hold the answer, if they are known.
         before: token ids of the chunks that are read whole (:meth:`~focus_core.method.reading.Reading.read_whole`), a
-            separator behind each; they stand between sink and local context and never run behind the chunks.
+            separator behind each; they never run behind the chunks.
+        opening: tokens of the local context that stand before them.
         absent: whether its answer is nowhere in memory, and its targets say so.
     """
 
@@ -49,6 +50,7 @@ class Query:
     prompt: int | None = None
     gold: tuple[int, ...] = ()
     before: tuple[int, ...] = ()
+    opening: int = 0
     absent: bool = False
 
     def __post_init__(self) -> None:
@@ -189,7 +191,7 @@ def _inject(base: BaseDecoder, adapter: CandidateAdapter, groups: Sequence[Chunk
 
 
 def _local(query: Query, chunks: int, sink: int | None, positions: Positions) -> Local:
-    ids = [*query.before, *query.ids]
+    ids = [*query.ids[: query.opening], *query.before, *query.ids[query.opening :]]
     head = sink_before(ids, sink)
     shared = len(head) + len(query.before) + query.split
     return Local([*head, *ids[:-1]], local_start(chunks, positions), shared, bool(query.before))

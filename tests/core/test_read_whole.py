@@ -18,10 +18,11 @@ from tests.oracle import Oracle
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("opening", [0, 2])
 @pytest.mark.parametrize("mode", ["incremental", "exact"])
 @pytest.mark.parametrize(("family", "rank"), [("llama", 0), ("llama", 3), ("phi3", 3), ("gpt_neox", 0), ("opt", 2)])
-def test_3_reading_whole_equals_the_oracle(family, rank, mode, make_engine):
-    """Chunks read whole == the oracle over all candidates with those tokens in front of the local row alone.
+def test_3_reading_whole_equals_the_oracle(family, rank, mode, opening, make_engine):
+    """Chunks read whole == the oracle over all candidates with those tokens behind the local row's opening alone.
 
     With a reader its matrices stand in the place of the base's in that row, and in no other.
     """
@@ -33,13 +34,13 @@ def test_3_reading_whole_equals_the_oracle(family, rank, mode, make_engine):
     oracle, choices, logits = Oracle(model, weights, positions, 0, reader), ([2, 0], range(5), [1, 4]), []
     for whole in choices:
         front = [token for index in sorted(whole) for token in (*chunks[index], *separator)]
-        logits.append(oracle.logits(chunks, LOCAL, given, mode, front))
+        logits.append(oracle.logits(chunks, LOCAL, given, mode, front, opening))
     options = {"positions": positions, "local_mode": mode, "reader_rank": rank}
     engine = make_engine(family, model=model, dtype=torch.float64, **options)
     state = _memory_of(engine, chunks).state
     for size in (None, 2):
         reading = engine.reading(state, max_tokens=len(LOCAL), chunks_per_batch=size)
-        reading.begin(LOCAL[:given])
+        reading.begin(LOCAL[:given], opening)
         for whole, expected in zip(choices, logits, strict=True):  # the second choice takes the place of the first
             first = reading.read_whole(whole, separator)
             torch.testing.assert_close(first.double(), expected[0], atol=2e-6, rtol=1e-5)

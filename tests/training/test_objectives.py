@@ -65,19 +65,19 @@ def test_a_short_dynamic_prompt_is_scored_as_decoded(family, positions, prompt, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "positions"), [("llama", "shared"), ("gemma2", "ordered"), ("opt", "ordered")])
 @pytest.mark.parametrize("prompt", [2, None])
-@pytest.mark.parametrize("whole", [(1,), (2, 0), (0, 1, 2)])
-def test_passages_read_whole_are_scored_as_decoded(family, positions, prompt, whole, make_engine):
+@pytest.mark.parametrize(("whole", "opening"), [((1,), 0), ((2, 0), 3), ((0, 1, 2), 0), ((1,), 2)])
+def test_passages_read_whole_are_scored_as_decoded(family, positions, prompt, whole, opening, make_engine):
     """Targets' logits behind chunks read whole == decoding after read_whole."""
     engine = make_engine(family, positions=positions, prompt_length=prompt or 100, window=256, chunk_size=32)
     gap = (3, 4)
     before = tuple(token for number in sorted(whole) for token in (*CHUNKS[number], *gap))
-    query = Query(LOCAL, 6, prompt=prompt, before=before)
+    query = Query(LOCAL, 6, prompt=prompt, before=before, opening=opening)
     plain = Query(LOCAL, 6, prompt=prompt)
     chunks = encode_example(engine.base, Example(CHUNKS, (query,), "test"), engine.sink)
     tasks = [Task(chunks, query), Task(chunks, plain)]
     dense, without = dense_logits(engine.base, engine.adapter, tasks, engine.sink, positions)
     reading = engine.reading(_memory_of(engine, CHUNKS).state, max_tokens=8)
-    reading.begin(list(LOCAL[:6]))
+    reading.begin(list(LOCAL[:6]), opening)
     found = [reading.read_whole(whole, gap)]
     found += [reading.step(token) for token in LOCAL[6:-1]]
     torch.testing.assert_close(torch.stack(found), dense.detach(), atol=2e-5, rtol=1e-4)
