@@ -90,7 +90,8 @@ class Prompts:
     def conversation(self, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[list[int], int]:
         """Return a conversation's token ids and how many of them others of its system turn and tools begin with."""
         local = render_messages(self.tokenizer, messages, tools)
-        another = [message for message in messages[:1] if message.role == "system"] + [Message("user", _ANY)]
+        first = "assistant" if [it.role for it in messages if it.role != "system"][:1] == ["assistant"] else "user"
+        another = [message for message in messages[:1] if message.role == "system"] + [Message(first, _ANY)]
         return local, _shared_tokens(local, render_messages(self.tokenizer, another, tools))
 
 

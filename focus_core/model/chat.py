@@ -266,10 +266,10 @@ def fit_messages(
 ) -> tuple[list[Document], list[Message]]:
     """Split a conversation of any length: what does not fit becomes documents for memory, word for word.
 
-    The head of a long last user turn goes first, then the oldest turns, until those that stay before the last user turn
-    have at most ``earlier`` tokens, then large tool results, largest first, then
-    the heads of the system turn (which holds whole documents in some frameworks) and of the last user turn. The tails
-    of both and everything behind the last user turn stay, so a tool call is never parted from its result.
+    The head of a long last user turn goes first, then the oldest exchanges, until those that stay before the last user
+    turn have at most ``earlier`` tokens, then large tool results, largest first, then the heads of the system turn
+    (which holds whole documents in some frameworks) and of the last user turn. The tails of both and everything behind
+    the last user turn stay, so a tool call is never parted from its result.
 
     Args:
         messages: oldest first.
@@ -292,7 +292,9 @@ def fit_messages(
             kept[last] = replace(kept[last], content=tail)
     turn, start = 0, int(kept[0].role == "system")
     bound = room if earlier is None else min(room, count([*kept[:start], *kept[last:]]) + earlier)
-    while last > start and count(kept) > bound:
+    while last > start and (
+        count(kept) > bound or (turn and kept[start].role != "user")
+    ):  # an answer goes with its question
         message = kept.pop(start)
         last, turn = last - 1, turn + 1
         text = "\n".join(filter(None, [message.content, *map(write_tool_call, message.tool_calls)]))

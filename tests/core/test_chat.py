@@ -279,8 +279,9 @@ def test_earlier_turns_stay_up_to_a_bound(earlier):
     assert kept[1:] == talk[len(talk) - len(kept) + 1 :]
     assert len(documents) + len(kept) == len(talk)
     assert count(kept[1:-1]) <= earlier
-    left = talk[len(talk) - len(kept)]
-    assert earlier == 9999 or count(kept[1:-1]) + len(left.content) > earlier
+    assert kept[1].role == "user"
+    left = talk[len(talk) - len(kept) - 1 : len(talk) - len(kept) + 1]  # an exchange
+    assert earlier == 9999 or count(kept[1:-1]) + count(left) > earlier
     assert fit_messages(kept, count, 9999, lambda text: ("", text), earlier) == ([], kept)
 
 
