@@ -21,7 +21,7 @@ from focus_core.store.memory import Memory
 from focus_core.text.corpus import Document
 
 _QUESTION = "What is the pass key?"
-_ASKED = 8
+_ASKED, _READ = 8, 2
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,22 @@ def _stacked(engine: FocusEngine, setting: Setting) -> Line:
     )
 
 
+def _look(engine: FocusEngine, setting: Setting) -> Line:
+    """A step behind chunks that are read whole (look, then read), and one without; how long the second look takes."""
+    memory, most = _filled(engine, setting), 4 * setting.steps + 8
+    question = engine.local_ids(_QUESTION)
+    readings = [engine.reading(memory.state, max_tokens=most) for _ in range(2)]
+    begun = [_seconds(lambda reading=reading: reading.begin(question)) for reading in readings]  # type: ignore[misc]
+    closer = _seconds(lambda: readings[0].read_whole(range(min(_READ, len(memory)))))
+    with_them, without = _interleaved(lambda: readings[0].step(30), lambda: readings[1].step(30), setting.steps)
+    return Line(
+        f"decoding step over {len(memory)} chunks of {setting.chunk_size}, {len(readings[0].whole)} read whole",
+        f"with them {with_them * 1e3:,.0f} ms, and once {closer / min(begun):.2f} of the first pass",
+        f"without {without * 1e3:,.0f} ms",
+        without / with_them,
+    )
+
+
 MEASURES: dict[str, Measure] = {
     "tokenizer": _tokenizer,
     "prefill": _prefill,
@@ -214,6 +230,7 @@ MEASURES: dict[str, Measure] = {
     "grown": _grown,
     "batch": _batch,
     "stacked": _stacked,
+    "look": _look,
 }
 
 

@@ -90,8 +90,10 @@ class Prompts:
     def conversation(self, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[list[int], int]:
         """Return a conversation's token ids and how many of them others of its system turn and tools begin with."""
         local = render_messages(self.tokenizer, messages, tools)
-        first = "assistant" if [it.role for it in messages if it.role != "system"][:1] == ["assistant"] else "user"
-        another = [message for message in messages[:1] if message.role == "system"] + [Message(first, _ANY)]
+        first = next((message for message in messages if message.role != "system"), None)
+        answer = first is not None and first.role == "assistant"
+        another = [message for message in messages[:1] if message.role == "system"]
+        another.append(Message("assistant" if answer else "user", _ANY))
         return local, _shared_tokens(local, render_messages(self.tokenizer, another, tools))
 
 

@@ -220,6 +220,7 @@ def test_bench_prints_each_line_when_it_is_known(make_engine, monkeypatch, focus
         "decoding",
         "batch",
         "decoding",
+        "decoding",
     ]
     assert all(line.ratio > 0 for line in rest)
     with pytest.raises(ConfigError, match="unknown measure 'luck'"):
