@@ -436,8 +436,9 @@ class ExampleStream:
             else:  # cut in two, or left where another question needs it
                 continue
             queries.append(self._read_whole(rng, config, query, chunks, near.nearest(item.question, len(chunks))))
-        if not queries:
-            return self._question(rng, config, "question") if self.questions else self._scene(rng, config, kind)
+        if not queries or not chunks:  # all documents were the missing ones
+            plain = replace(config, not_there=0.0)
+            return self._question(rng, config, "question") if self.questions else self._scene(rng, plain, kind)
         return Example(tuple(map(tuple, chunks)), tuple(queries), kind)
 
     def _asked_query(self, rng: random.Random, item: Asked, most_targets: int) -> Query:

@@ -319,6 +319,16 @@ def test_scenes_hold_their_answers(make):
             assert item.question not in " ".join(scene.documents)
 
 
+@pytest.mark.parametrize("kind", ["form", "conversation"])
+def test_scenes_without_any_answer_still_have_documents(kind, stream):
+    """Where every asked fact is missing, no example is without chunks."""
+    made = stream(not_there=1.0, mix={kind: 1.0}, questions_per_example=2, max_chunks=2)
+    for step in range(60):
+        example = made.example(step, 0)
+        assert example.chunks
+        assert example.queries
+
+
 def test_a_form_is_asked_for_only_where_one_document_answers():
     """No other document of the scene holds all the words that name what is asked for."""
     for seed in range(200):
