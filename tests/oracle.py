@@ -18,7 +18,8 @@ from transformers import DynamicCache
 class Oracle:
     """``model``: a decoder in float64; ``weights``: name of an nn.Linear in it -> candidate matrix.
 
-    ``reader``: the same for the matrices of local rows with chunks in front of them; the base's if not given.
+    ``reader``: the same for the matrices of local rows with chunks in front of them, which then see no candidates; the
+    base's if not given.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class Oracle:
         out = []
         for end in range(given, len(local) + 1):
             seen = local[:end]
+            if front and self.reader:
+                chunks = []
             candidates = [self._candidate(chunk, seen, index, len(chunks)) for index, chunk in enumerate(chunks)]
             offset = 0 if not chunks else (len(chunks) if self.positions == "ordered" else 1)
             cache, before = DynamicCache(), 0

@@ -55,7 +55,7 @@ def sweep(
     for local in locals_:
         local.prepare(base)
     spec = [Read.of(call) for call in calls] or [[]]
-    spec = [*spec, []] if fixed else spec
+    spec = [*spec, []] if fixed and any(spec) else spec
     running = [
         _LayerCall(base, reads, locals_ if index == len(spec) - 1 else (), positions)
         for index, reads in enumerate(spec)

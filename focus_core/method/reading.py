@@ -89,6 +89,7 @@ class Reading:
         self._kept: list[int] | None = None
         self._spans: list[tuple[int, int]] = []
         self._absent: tuple[int, int] | None = None
+        self._alone = False
         self._rows = self._opening = 0
         self._all: list[ChunkRows] = []
         self._groups: list[ChunkRows] = []
@@ -101,7 +102,12 @@ class Reading:
 
     @property
     def candidates(self) -> int:
-        """How many of them stand in front of the local rows by their candidates: k, or fewer after :meth:`narrow`."""
+        """How many of them stand in front of the local rows by their candidates.
+
+        All k, fewer after :meth:`narrow`, none while a reader reads chunks whole.
+        """
+        if self._alone:
+            return 0
         return self.chunks if self._kept is None else len(self._kept)
 
     @property
@@ -187,9 +193,10 @@ class Reading:
 
         The opening is what :meth:`begin` was told of, such as a system turn and the head of the user's: so the chunks
         are read where the base expects what it is asked about. The local rows then attend to these chunks token by
-        token as well as to their candidates, which say what the adapter has learned to say of them. Call it after
-        :meth:`begin` and before any :meth:`narrow`, again to change the choice; :attr:`mass` then holds for these
-        chunks what candidate and tokens receive together.
+        token as well as to their candidates, which say what the adapter has learned to say of them; :attr:`mass` then
+        holds for these chunks what candidate and tokens receive together. An adapter's reader, where it has one, reads
+        them alone: no candidate stands in front of it, and none is renewed, so a step costs what it costs without a
+        memory. Call it after :meth:`begin` and before any :meth:`narrow`, again to change the choice.
 
         Args:
             chunks: numbers of chunks, best first; those that the window has no room for are left out.
@@ -216,7 +223,7 @@ class Reading:
         kept = self._fitting(chunks, len(separator))
         if not kept:
             return None
-        self.whole = sorted(kept)
+        self.whole, self._alone = sorted(kept), self.adapter.reader_rank > 0 and not moved
         if moved:
             return self._behind_moved()
         self._cache = None
@@ -326,6 +333,8 @@ class Reading:
         return [*sink_before(self.local, self.sink), *self.local]
 
     def _calls(self) -> list[list[ChunkRows]]:
+        if self._alone:
+            return []
         if self.chunks_per_batch is not None:
             return [[group] for group in self._groups]
         return [self._groups] if self._groups else []
@@ -343,7 +352,7 @@ class Reading:
             ) from error
 
     def _sweep(self, ordinary: Sequence[int], local_ids: list[int], calls: list[list[ChunkRows]]) -> Tensor:
-        for group in self._groups:
+        for group in self._groups if calls else ():
             group.asked = [Behind(ordinary, [self.ids[-1]], group.suffix.used + len(ordinary))]
         if self.focus.local_mode == "incremental" and self._cache is None:
             self._cache = LocalCache(self.base, len(local_ids) + self.max_tokens)
@@ -351,10 +360,10 @@ class Reading:
         position = local_start(self.candidates, self.focus.positions) + used
         groups = [group for call in calls for group in call]
         local = LocalRows(
-            [Local(local_ids, position, len(local_ids), bool(self.whole))],
+            [Local(local_ids, position, len(local_ids), self._alone)],
             groups,
             self._cache,
-            record=bool(self.candidates),
+            record=bool(self.candidates or self._spans),
             scoring=Scoring.of(self.focus),
             spans=self._spans,
             absent=self._absent,
@@ -387,7 +396,8 @@ class Reading:
     def _in_memory(self, mass: Tensor, order: Tensor) -> Tensor:
         """(layers, heads, candidates + chunks read whole) -> (layers, heads, k)."""
         found = mass.new_zeros(*mass.shape[:2], self.chunks)
-        found[..., slice(None) if self._kept is None else self._kept] = mass[..., order]
+        if len(order):
+            found[..., slice(None) if self._kept is None else self._kept] = mass[..., order]
         found[..., self.whole] += mass[..., len(order) :]
         return found
 

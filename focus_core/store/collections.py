@@ -46,6 +46,11 @@ class CollectionInfo:
     chunks: int = 0
     nbytes: int = 0
 
+    @property
+    def stamp(self) -> tuple[int, str]:
+        """Version and digest: a collection that was dropped and made again counts its versions anew."""
+        return self.version, self.digest
+
 
 @dataclass(frozen=True)
 class Contents:

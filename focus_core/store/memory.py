@@ -35,6 +35,7 @@ Progress = Callable[[int, int], None]
 """``progress(done, total)`` in tokens."""
 
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+_UNKNOWN = (-1, "")  # stamp of no collection
 _PUT_BYTES = 256 << 20
 
 
@@ -240,10 +241,8 @@ class Memory:
             except MissingChunksError:  # pruned since they were looked for
                 self._put(store, keys, progress)
                 info = store.commit(name, self.encoder.facts(), self.encoder.config.of_answers(), change)
-            stamp = (info.version, info.digest)
-            if info.version != known.stamp[0] + 1:
-                stamp = _UNKNOWN  # others' changes are to be read
-            self._be_at(_Origin(store, name, stamp, sums))
+            seen = info.version == known.stamp[0] + 1  # else others' changes are to be read
+            self._be_at(_Origin(store, name, info.stamp if seen else _UNKNOWN, sums))
 
     def refresh(self) -> bool:
         """Read what other writers have changed in the collection since this was loaded or saved; tell whether any.
@@ -433,9 +432,6 @@ class Memory:
             store.put_all(waiting)
 
 
-_UNKNOWN = (-1, "")
-
-
 @dataclass(frozen=True)
 class _Origin:
     """The collection that a memory was loaded from or saved to, as it was then."""
@@ -443,18 +439,16 @@ class _Origin:
     store: Store
     name: str
     stamp: tuple[int, str]
-    """Version and digest: one that was dropped and made again counts its versions anew."""
     sums: Mapping[str, bytes]
 
     @classmethod
     def of(cls, store: Store, contents: Contents) -> _Origin:
         sums = {key: row_sum(document) for key, document in contents.documents.items()}
-        return cls(store, contents.info.name, (contents.info.version, contents.info.digest), sums)
+        return cls(store, contents.info.name, contents.info.stamp, sums)
 
     def is_present(self) -> bool:
         """Whether nobody has changed the collection since."""
-        info = self.store.collection(self.name)
-        return (info.version, info.digest) == self.stamp
+        return self.store.collection(self.name).stamp == self.stamp
 
     @property
     def place(self) -> tuple[Path, str, str]:

@@ -265,12 +265,14 @@ class ExampleStream:
         """
         if rng.random() >= config.read_whole:
             return query
+        alone = config.reader_rank > 0  # what the reader does not read it cannot know
         most = _log_uniform(rng, 1, config.read_chunks)
-        room = _log_uniform(rng, min(64, config.read_tokens), config.read_tokens)
+        most = max(most, len(query.gold)) if alone else most
+        room = config.read_tokens if alone else _log_uniform(rng, min(64, config.read_tokens), config.read_tokens)
         wrong = [number for number in near if number not in query.gold]
         rest = [number for number in range(len(chunks)) if number not in {*query.gold, *wrong}]
         rng.shuffle(rest)
-        draw = rng.random()
+        draw = 0.0 if alone else rng.random()
         if draw < _GOLD_READ:
             wanted = [*query.gold, *wrong, *rest]
         elif draw < _NEAR_READ:
@@ -283,6 +285,8 @@ class ExampleStream:
             if room < 0:
                 break
             kept.append(number)
+        if alone and not set(query.gold) <= set(kept):
+            return query
         kept.sort()
         before = [token for number in kept for token in (*chunks[number], *self._gap)]
         opening = len(self._opening) if query.ids[: len(self._opening)] == self._opening else 0

@@ -46,6 +46,7 @@ from focus_core.training.objectives import (
     distillation_loss,
     encode_example,
     likelihood_loss,
+    reads_alone,
     teacher_logits,
 )
 from focus_core.training.processes import Processes
@@ -207,7 +208,12 @@ class CandidateLoss(nn.Module):
             examples: they pass the layers together.
             scale: weight of each example's mean over its local contexts.
         """
-        encoded = [encode_example(self.base, example, self.sink, self.kept) for example in examples]
+        encoded = [
+            None
+            if all(reads_alone(self.adapter, query) for query in example.queries)
+            else encode_example(self.base, example, self.sink, self.kept)
+            for example in examples
+        ]
         tasks = [Task(chunks, query) for chunks, item in zip(encoded, examples, strict=True) for query in item.queries]
         config = self.config
         logits = iter(

@@ -60,6 +60,11 @@ class Query:
             raise ConfigError(f"prompt must be at least 1; got {self.prompt}")
 
     @property
+    def local(self) -> list[int]:
+        """All that the local rows hold: ``ids`` with ``before`` behind their opening."""
+        return [*self.ids[: self.opening], *self.before, *self.ids[self.opening :]]
+
+    @property
     def targets(self) -> int:
         """Number of supervised tokens, n - s."""
         return len(self.ids) - self.split
@@ -113,10 +118,20 @@ def encode_example(base: BaseDecoder, example: Example, sink: int | None, kept: 
 
 @dataclass(frozen=True)
 class Task:
-    """A query over encoded chunks: what one loss is computed from."""
+    """A query over encoded chunks: what one loss is computed from.
 
-    chunks: ChunkKV
+    Args:
+        chunks: from :func:`encode_example`; ``None`` where :func:`reads_alone` holds.
+        query: the local context.
+    """
+
+    chunks: ChunkKV | None
     query: Query
+
+
+def reads_alone(adapter: CandidateAdapter, query: Query) -> bool:
+    """Whether a reader answers from what is read whole, without candidates, so that no chunk has to be encoded."""
+    return adapter.reader_rank > 0 and bool(query.before)
 
 
 def dense_logits(
@@ -147,21 +162,31 @@ def dense_logits(
         s + t - 1.
     """
     by_chunks: dict[int, list[int]] = {}
+    memories: dict[int, ChunkKV] = {}
+    alone = []
     for index, task in enumerate(tasks):
-        by_chunks.setdefault(id(task.chunks), []).append(index)
+        if task.chunks is None or reads_alone(adapter, task.query):
+            alone.append(index)
+        else:
+            memories[id(task.chunks)] = task.chunks
+            by_chunks.setdefault(id(task.chunks), []).append(index)
     together = [[tasks[index] for index in indices] for indices in by_chunks.values()]
-    groups = [_behind(some[0].chunks, [task.query for task in some]) for some in together]
+    groups = [
+        _behind(memories[key], [task.query for task in some]) for key, some in zip(by_chunks, together, strict=True)
+    ]
     _inject(base, adapter, groups, positions)
     locals_ = []
     for group, some in zip(groups, together, strict=True):
         group.asked = [_candidates(task.query) for task in some]
         asked = [_local(task.query, group.total, sink, positions) for task in some]
         locals_.append(LocalRows(asked, [group], scoring=scoring))
+    if alone:
+        locals_.append(LocalRows([_read_alone(tasks[index].query, sink) for index in alone], scoring=scoring))
     hidden = sweep(
         base, adapter, [groups], locals_, positions, gradient_checkpointing=gradient_checkpointing, fixed=fixed
     )
     states: dict[int, Tensor] = {}
-    for rows, local, indices in zip(hidden, locals_, by_chunks.values(), strict=True):
+    for rows, local, indices in zip(hidden, locals_, [*by_chunks.values(), *([alone] if alone else [])], strict=True):
         states |= dict(zip(indices, torch.split(rows[0], [len(it.ids) for it in local.asked]), strict=True))
     targets = [task.query.targets for task in tasks]
     last = torch.cat([states[index][-count:] for index, count in enumerate(targets)])
@@ -191,10 +216,15 @@ def _inject(base: BaseDecoder, adapter: CandidateAdapter, groups: Sequence[Chunk
 
 
 def _local(query: Query, chunks: int, sink: int | None, positions: Positions) -> Local:
-    ids = [*query.ids[: query.opening], *query.before, *query.ids[query.opening :]]
+    ids = query.local
     head = sink_before(ids, sink)
-    shared = len(head) + len(query.before) + query.split
-    return Local([*head, *ids[:-1]], local_start(chunks, positions), shared, bool(query.before))
+    return Local([*head, *ids[:-1]], local_start(chunks, positions), len(head) + len(query.before) + query.split)
+
+
+def _read_alone(query: Query, sink: int | None) -> Local:
+    """Return a local context that stands where the base's own window begins, and takes the reader."""
+    rows = [*sink_before(query.local, sink), *query.local[:-1]]
+    return Local(rows, 0, len(rows), reads=True)
 
 
 def dense_losses(

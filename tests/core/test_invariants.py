@@ -51,16 +51,6 @@ def candidate_weights(model) -> dict[str, torch.Tensor]:
     }
 
 
-def reader_weights(model) -> dict[str, torch.Tensor]:
-    """The base's matrices with the reader's differences added, as the oracle takes them; empty without a reader."""
-    return {
-        name.removesuffix(".base_layer"): module.base_layer.weight.data
-        + module.reader.up.data @ module.reader.down.data
-        for name, module in model.named_modules()
-        if isinstance(module, CandidateLinear) and module.reader is not None
-    }
-
-
 def positions_of(family: str) -> list[str]:
     return ["shared", "ordered"] if FAMILIES[family].rotary == "half" else ["ordered"]
 

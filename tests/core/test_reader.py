@@ -23,17 +23,29 @@ DOCUMENTS = [Document(str(number), f"the cat {number} sat on mat {number % 4}. "
 
 
 def test_where_nothing_is_read_whole_it_does_nothing(make_engine):
-    """Without read_whole, and after it with an untrained one: bit-identical to an adapter without a reader."""
+    """Logits of a question and its steps are bit-identical to those of an adapter without a reader."""
     logits = []
     for rank in (0, 3):
         engine = make_engine(reader_rank=rank)
         reading = engine.reading(_memory_of(engine, CHUNKS).state, max_tokens=8)
         logits.append(torch.stack([reading.begin(list(LOCAL[:6])), *(reading.step(token) for token in LOCAL[6:])]))
-        for parameter in engine.adapter.reader_parameters()[::2]:
-            parameter.data.zero_()  # the upper matrices
-        logits.append(reading.read_whole([1]))
-    assert torch.equal(logits[0], logits[2])
-    assert torch.equal(logits[1], logits[3])
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("mode", ["incremental", "exact"])
+def test_an_untrained_one_reads_as_the_base_does_in_its_own_window(mode, make_engine):
+    """Logits after chunks 0 and 2 behind an opening, step by step == transformers' own over that text."""
+    engine = make_engine(reader_rank=3, local_mode=mode)
+    for parameter in engine.adapter.reader_parameters()[::2]:
+        parameter.data.zero_()  # the upper matrices
+    reading = engine.reading(_memory_of(engine, CHUNKS).state, max_tokens=8)
+    reading.begin(list(LOCAL[:6]), 2)
+    found = [reading.read_whole([2, 0], (3,)), *(reading.step(token) for token in LOCAL[6:])]
+    assert (reading.candidates, reading.whole) == (0, [0, 2])
+    assert [bool(mass.sum(0)[1]) for mass in reading.mass] == [False] * engine.base.num_layers
+    text = [engine.sink, *LOCAL[:2], *CHUNKS[0], 3, *CHUNKS[2], 3, *LOCAL[2:]]
+    expected = engine.base.model(torch.tensor([text])).logits[0, -len(found) :]
+    torch.testing.assert_close(torch.stack(found), expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [None, 5])
