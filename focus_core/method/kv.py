@@ -299,7 +299,7 @@ class ChunkKV:
             one.write(layer, dense[layer, 0].unsqueeze(0), dense[layer, 1].unsqueeze(0))
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Write a layer of all chunks, which lie behind each other: a new one's own.
+        """Write a layer of all chunks, wherever they lie.
 
         Args:
             layer: number of the layer.
@@ -407,10 +407,12 @@ class ChunkKV:
         return blocks / (last - first) if last > first else 1.0
 
     def _runs(self) -> Iterator[tuple[int, int]]:
-        """Yield runs of chunks with equally many blocks."""
+        """Yield runs of chunks with equally many blocks that lie behind each other."""
         start = 0
         for row in range(1, self.size + 1):
-            if row == self.size or self._blocked(self.lengths[row]) != self._blocked(self.lengths[start]):
+            size = self._blocked(self.lengths[start])
+            alike = row < self.size and self._blocked(self.lengths[row]) == size
+            if not alike or self.starts[row] != self.starts[row - 1] + size:
                 yield start, row
                 start = row
 
