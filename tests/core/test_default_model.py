@@ -66,9 +66,9 @@ def test_the_readmes_first_program_runs(real_engine, capsys, monkeypatch):
 
 
 def test_the_shipped_adapter_is_small_and_described():
-    """At most 30 MB in the repository, with a card that names data, command, steps, tokens and loss."""
+    """At most 32 MB in the repository, with a card that names data, command, steps, tokens and loss."""
     folder = SHIPPED / "smollm2-135m-instruct"
-    assert sum(file.stat().st_size for file in folder.iterdir()) <= 30e6
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 32e6
     card = (folder / "README.md").read_text(encoding="utf-8")
     for word in ("focusllm train", "steps", "tokens", "loss", "cannot"):
         assert word in card
