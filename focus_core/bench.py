@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -211,7 +212,7 @@ def _look(engine: FocusEngine, setting: Setting) -> Line:
     memory, most = _filled(engine, setting), 4 * setting.steps + 8
     question = engine.local_ids(_QUESTION)
     readings = [engine.reading(memory.state, max_tokens=most) for _ in range(2)]
-    begun = [_seconds(lambda reading=reading: reading.begin(question)) for reading in readings]  # type: ignore[misc]
+    begun = [_seconds(partial(reading.begin, question)) for reading in readings]
     closer = _seconds(lambda: readings[0].read_whole(range(min(_READ, len(memory)))))
     with_them, without = _interleaved(lambda: readings[0].step(30), lambda: readings[1].step(30), setting.steps)
     return Line(

@@ -133,12 +133,12 @@ class DecodeConfig(_Json):
         seed: makes sampling reproducible for this request alone.
         logprobs: how many alternatives to report per token; 0 reports none.
         chunks_per_batch: chunks run together in a step; ``None`` chooses from free memory.
-        reread: how many chunks, those with most attention, are read whole in front of the local context, behind the
-            candidates of all; chosen again when attention moves. 0 is the paper's method, in which the local
-            rows see candidates alone; ``None`` takes the adapter's.
+        reread: how many chunks, those with most attention, are read whole in the local context: by the adapter's
+            reader alone, or without one behind the candidates of all, chosen again when attention moves. 0 is the
+            paper's method, in which the local rows see candidates alone; ``None`` takes the adapter's.
         reread_tokens: most tokens of these chunks together.
         reread_way: ``run`` passes their tokens through the model in front of the question; ``moved`` takes their
-            chunk KV as it is, keys turned to the new places.
+            chunk KV as it is, keys turned to the new places, without a reader.
         chunk_top_p: share of the attention at the end of the prompt, as with ``top_p``. With ``reread``, chunks are
             read whole until they hold it; without, the answer is read from the candidates of these chunks alone.
             1.0 sets no bound (the paper's method), ``None`` takes the adapter's.
@@ -208,7 +208,7 @@ class TrainConfig(_Json):
             memory, more time, the same gradient.
         rank: of what is trained: differences from the base's matrices, as the product of two thin ones; ``None`` trains
             whole matrices.
-        reader_rank: of the reader: differences that local rows take while chunks are read whole in front of them; 0
+        reader_rank: of the reader: differences that local rows take while chunks are read whole; 0
             leaves these rows the base's, unless ``init`` has a reader.
         fixed_candidates: train the reader alone; candidates stay what ``init`` made them.
         learning_rate: peak of AdamW's rate; it warms up, then falls to ``final_rate`` of the peak.

@@ -33,7 +33,7 @@ from focus_core.model.chat import Message, Tool
 from focus_core.model.constraints import Grammar, tool_calls
 from focus_core.model.families import BaseDecoder
 from focus_core.model.fitting import fitted, sink_of
-from focus_core.model.hub import AdapterInfo, LoadedBase, find_adapter, load_adapter, load_base, read_info
+from focus_core.model.hub import AdapterInfo, LoadedBase, attach, find_adapter, load_adapter, load_base, read_info
 from focus_core.model.sources import Notice
 from focus_core.prompts import Prompts, Template
 from focus_core.store.database import Store
@@ -129,10 +129,7 @@ class FocusEngine:
         loaded = load_base(base, dtype=dtype, device=device, quantize=quantize, notice=notice)
         decoder = BaseDecoder(loaded.model)
         folder = None if adapter == UNTRAINED else find_adapter(adapter, loaded)
-        found = read_info(folder) if folder is not None else None
-        attached = CandidateAdapter(
-            decoder, rank=found.rank if found else None, reader_rank=found.reader_rank if found else 0
-        )
+        attached = CandidateAdapter(decoder) if folder is None else attach(decoder, read_info(folder))
         try:
             if folder is not None:
                 info = load_adapter(folder, attached, loaded, other_base=other_base)

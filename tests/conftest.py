@@ -147,9 +147,8 @@ def tiny_model(family: str, *, layers: int = 3, window: int = 512, seed: int = 0
 def perturb(adapter: CandidateAdapter, seed: int = 1, scale: float = 0.1) -> None:
     """Move candidate projections away from their copies, so that tests can tell them apart."""
     generator = torch.Generator().manual_seed(seed)
-    for (
-        parameter
-    ) in adapter.trainable_parameters():  # the reader's come last, so that candidates move alike without one
+    # the reader's come last, so that candidates move alike without one
+    for parameter in adapter.trainable_parameters():
         parameter.data += scale * torch.randn(parameter.shape, generator=generator).to(parameter)
 
 

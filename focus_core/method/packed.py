@@ -9,6 +9,7 @@ computes a loss; a sweep that fails or is cancelled leaves what was committed be
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def sweep(
         with base.own_attention():
             passed = []
             for call, rows in zip(running, hidden, strict=True):
-                with torch.set_grad_enabled(torch.is_grad_enabled() and (not fixed or bool(call.locals))):
+                with torch.no_grad() if fixed and not call.locals else nullcontext():
                     passed.append(call.run(base, adapter, layer, rows, candidates))
             return tuple(passed)
 

@@ -295,9 +295,9 @@ class CandidateAdapter:
         state = {key: value for key, value in state.items() if key not in reader}
         low = any(key.endswith(".up") for key in state)
         self._check(state, self._thin_shapes(state) if low else self._whole_shapes())
-        for key, value in self.reader_state().items():
-            if reader:
-                value.copy_(reader[key])
+        own = self.reader_state()
+        for key, value in reader.items():
+            own[key].copy_(value)
         for (layer, role), wrapped in self._wrapped.items():
             key = f"layers.{layer}.{role}"
             if not low:

@@ -292,9 +292,8 @@ def fit_messages(
             kept[last] = replace(kept[last], content=tail)
     turn, start = 0, int(kept[0].role == "system")
     bound = room if earlier is None else min(room, count([*kept[:start], *kept[last:]]) + earlier)
-    while last > start and (
-        count(kept) > bound or (turn and kept[start].role != "user")
-    ):  # an answer goes with its question
+    # an answer goes with its question
+    while last > start and (count(kept) > bound or (turn and kept[start].role != "user")):
         message = kept.pop(start)
         last, turn = last - 1, turn + 1
         text = "\n".join(filter(None, [message.content, *map(write_tool_call, message.tool_calls)]))

@@ -24,6 +24,7 @@ from focus_core.files import write_atomically
 from focus_core.hardware import check_operators, choose_device, default_dtype
 from focus_core.model.bases import base_of, first_line
 from focus_core.model.candidate import CandidateAdapter, plain
+from focus_core.model.families import BaseDecoder
 from focus_core.model.sources import DEFAULT_FILE, DEFAULT_PACKAGE, Notice, source_of
 
 ADAPTER_FORMAT = 1
@@ -260,6 +261,11 @@ def read_info(folder: Path) -> AdapterInfo:
         return AdapterInfo(focus=focus, attribution_heads=heads, support=support, **values)
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise AdapterError(f"{folder} is not an adapter folder ({first_line(error)})") from error
+
+
+def attach(base: BaseDecoder, info: AdapterInfo, dtype: torch.dtype | None = None) -> CandidateAdapter:
+    """Attach projections of the ranks that an adapter's settings name, ready for :func:`load_adapter`."""
+    return CandidateAdapter(base, dtype, rank=info.rank, reader_rank=info.reader_rank)
 
 
 def load_adapter(folder: Path, adapter: CandidateAdapter, base: LoadedBase, *, other_base: bool = False) -> AdapterInfo:

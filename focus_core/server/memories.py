@@ -296,8 +296,8 @@ class Memories:
 
     def _drop_old(self, tenant: str) -> None:
         now, store = time.time(), self._store(tenant)
-        kept_of, there = self._kept(tenant), store.names()
-        for name, kept in kept_of.items():
+        there = set(store.names())
+        for name, kept in self._kept(tenant).items():
             if name not in there:  # another program has dropped it; one that is made later is none of this row's
                 self._forget(tenant, name)
             elif not kept.pinned and kept.ttl is not None and kept.used + kept.ttl < now:

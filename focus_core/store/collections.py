@@ -100,10 +100,14 @@ def row_sum(document: Document) -> bytes:
 # -- reading ----------------------------------------------------------------------------------------------------
 
 
+def list_names(index: sqlite3.Connection, tenant: str) -> list[str]:
+    """Return the names of a tenant's collections, in order."""
+    return [row[0] for row in index.execute("SELECT name FROM collections WHERE tenant = ? ORDER BY name", (tenant,))]
+
+
 def list_collections(index: sqlite3.Connection, tenant: str) -> list[CollectionInfo]:
     """Return a tenant's collections by name."""
-    names = index.execute("SELECT name FROM collections WHERE tenant = ? ORDER BY name", (tenant,)).fetchall()
-    return [count_collection(index, tenant, name) for (name,) in names]
+    return [count_collection(index, tenant, name) for name in list_names(index, tenant)]
 
 
 def has_collection(index: sqlite3.Connection, tenant: str, name: str) -> bool:
@@ -129,8 +133,8 @@ def find_collection(index: sqlite3.Connection, tenant: str, name: str) -> tuple[
         (tenant, name),
     ).fetchone()
     if row is None:
-        known = [item[0] for item in index.execute("SELECT name FROM collections WHERE tenant = ?", (tenant,))]
-        there = f"there are {', '.join(sorted(known)[:20])}" if known else "there is none yet"
+        known = list_names(index, tenant)
+        there = f"there are {', '.join(known[:20])}" if known else "there is none yet"
         raise StoreError(f"no collection {name!r}; {there}; make one with `focusllm index PATH --name {name}`")
     try:
         facts, config = json.loads(row[1]), json.loads(row[2])

@@ -35,6 +35,7 @@ from focus_core.store.collections import (
     find_collection,
     has_collection,
     list_collections,
+    list_names,
     read_collection,
     text_sums,
     touch,
@@ -259,10 +260,10 @@ class Store:
         with self._rows() as index:
             return count_collection(index, self.tenant, name)
 
-    def names(self) -> set[str]:
-        """Return the names of the collections."""
+    def names(self) -> list[str]:
+        """Return the names of the collections, in order."""
         with self._rows() as index:
-            return {row[0] for row in index.execute("SELECT name FROM collections WHERE tenant = ?", (self.tenant,))}
+            return list_names(index, self.tenant)
 
     def has(self, name: str) -> bool:
         """Whether there is a collection of this name."""

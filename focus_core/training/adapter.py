@@ -77,10 +77,11 @@ def train_adapter(
     """
     processes, data = processes or Processes(loaded.model.device), list(data)
     base = BaseDecoder(loaded.model)
+    if init is not None and not settings.reader_rank:
+        settings = replace(settings, reader_rank=read_info(init).reader_rank)  # its examples are drawn for it
     stream, held_out = _streams(read_training_texts(data), TextTokenizer(loaded.tokenizer), settings)
     focus = _focus(base, settings, chunk_size)  # refuses a chunk size the base cannot serve before any work
-    reader = settings.reader_rank or (read_info(init).reader_rank if init is not None else 0)
-    with CandidateAdapter(base, torch.float32, rank=settings.rank, reader_rank=reader) as adapter:
+    with CandidateAdapter(base, torch.float32, rank=settings.rank, reader_rank=settings.reader_rank) as adapter:
         before = load_adapter(init, adapter, loaded) if init is not None else None
 
         def info(totals: Totals) -> AdapterInfo:

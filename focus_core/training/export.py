@@ -19,7 +19,7 @@ from focus_core.files import write_atomically
 from focus_core.model.candidate import CandidateAdapter
 from focus_core.model.families import BaseDecoder
 from focus_core.model.fitting import sink_of
-from focus_core.model.hub import AdapterInfo, LoadedBase, load_adapter, read_info, save_adapter
+from focus_core.model.hub import AdapterInfo, LoadedBase, attach, load_adapter, read_info, save_adapter
 from focus_core.training.card import write_card
 from focus_core.training.heldout import Loss, measure_loss
 from focus_core.training.objectives import Example
@@ -68,9 +68,7 @@ def export_adapter(
     if rank is not None and rank < 1:
         raise ConfigError(f"rank must be at least 1; got {rank}")
     base = BaseDecoder(loaded.model)
-    with CandidateAdapter(
-        base, torch.float32, rank=read_info(source).rank, reader_rank=read_info(source).reader_rank
-    ) as adapter:
+    with attach(base, read_info(source), torch.float32) as adapter:
         info = load_adapter(source, adapter, loaded)
         return write_compact(loaded, base, adapter, info, output, examples, rank=rank)
 
@@ -92,8 +90,7 @@ def write_compact(
     adapter.detach()
     after = None
     if examples:
-        now = read_info(output)
-        with CandidateAdapter(base, torch.float32, rank=now.rank, reader_rank=now.reader_rank) as written:
+        with attach(base, read_info(output), torch.float32) as written:
             load_adapter(output, written, loaded)
             after = measure_loss(base, written, examples, sink, info.focus)
     export = Export(output, (output / "adapter.safetensors").stat().st_size, before, after)

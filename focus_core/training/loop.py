@@ -186,7 +186,7 @@ def trained_parameters(adapter: CandidateAdapter, config: TrainConfig) -> list[n
 
 
 class CandidateLoss(nn.Module):
-    """The loss as a module whose parameters are the candidate matrices, so that accelerate can wrap it.
+    """The loss as a module whose parameters are what is trained, so that accelerate can wrap it.
 
     Args:
         base: the frozen decoder; its weights are not this module's.
